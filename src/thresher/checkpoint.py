@@ -1,0 +1,146 @@
+"""What a saved directory holds beside the plain checkpoint: thresher.json and thresher.safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import transformers
+from safetensors import SafetensorError
+
+from thresher.errors import CheckpointError, OptionError
+from thresher.methods import config_class
+from thresher.policy import Policy, PolicyConfig
+
+FORMAT = 1
+SETTINGS = "thresher.json"
+WEIGHTS = "thresher.safetensors"
+
+
+def write(
+    directory: Any,
+    write_plain: Callable[[str], object],
+    policy: Policy[Any] | None,
+    model_class: type,
+    outer: str,
+    notes: dict[str, Any],
+) -> None:
+    """Write everything to a temporary folder beside `directory`, then move it in: on a failure nothing is half-written."""
+    target = Path(directory)
+    staging = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        write_plain(str(staging))
+        state = {k: v.detach().cpu().contiguous() for k, v in policy.state_dict().items()} if policy else {}
+        safetensors.torch.save_file(state, staging / WEIGHTS)
+        settings = {
+            "format": FORMAT,
+            "method": policy.config.method if policy else None,
+            "config": policy.config.to_dict() if policy else {},
+            "model_class": model_class.__name__,
+            "outer": outer,
+            "weights_sha256": _sha256(staging / WEIGHTS),
+            "notes": notes,
+        }
+        (staging / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        target.mkdir(exist_ok=True)
+        for file in sorted(staging.iterdir(), key=lambda f: f.name == SETTINGS):  # the settings last: they vouch for the rest
+            os.replace(file, target / file.name)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"Could not write the model to {target}: {error}; nothing was changed there.") from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A directory that was read and found whole."""
+
+    directory: Path
+    config: PolicyConfig | None
+    model_class: str
+    outer: str
+    notes: dict[str, Any]
+
+    def load_plain(self, device: Any = None) -> Any:
+        """The model without its policy, in eval mode."""
+        try:
+            if self.outer in ("SentenceTransformer", "CrossEncoder"):
+                import sentence_transformers
+
+                return getattr(sentence_transformers, self.outer)(
+                    str(self.directory), device=None if device is None else str(device)
+                )
+            model = getattr(transformers, self.model_class).from_pretrained(self.directory)
+        except ImportError as error:
+            raise CheckpointError(
+                f'{self.directory} holds a {self.outer}: install it with pip install "thresher[embed]".'
+            ) from error
+        except (OSError, SafetensorError, AttributeError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(f"{self.directory} does not load as {self.model_class}: {reason}") from error
+        return model.eval() if device is None else model.eval().to(device)
+
+    def load_policy(self, policy: Policy[Any]) -> None:
+        """Fill a policy built from `config` with what it had learned."""
+        try:
+            policy.load_state_dict(safetensors.torch.load_file(self.directory / WEIGHTS))
+        except (RuntimeError, SafetensorError) as error:
+            raise mismatch(self.directory, error) from error
+
+
+def mismatch(directory: Any, error: Exception) -> CheckpointError:
+    reason = " ".join(str(error).split())
+    return CheckpointError(f"{SETTINGS} in {directory} does not fit the model saved beside it: {reason}")
+
+
+def read(directory: Any) -> Saved:
+    """Check a directory and read its settings. Raises CheckpointError."""
+    path = Path(directory)
+    file = path / SETTINGS
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory; give the one that save_pretrained wrote.")
+    if not file.is_file():
+        raise CheckpointError(
+            f"{path} has no {SETTINGS}, so it was not saved by Thresher; load it with transformers and call thresher.attach."
+        )
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        version = settings["format"]
+        method, values = settings["method"], settings["config"]
+        model_class, outer, digest = settings["model_class"], settings["outer"], settings["weights_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{file} is corrupted ({type(error).__name__}: {error}); save the model again."
+        ) from error
+    if version != FORMAT:
+        raise CheckpointError(
+            f"{file} has format {version!r}, this version reads {FORMAT}; use a matching version of thresher."
+        )
+    weights = path / WEIGHTS
+    if not weights.is_file():
+        raise CheckpointError(f"{path} has {SETTINGS} but no {WEIGHTS}; copy the whole directory or save the model again.")
+    if _sha256(weights) != digest:
+        raise CheckpointError(f"{weights} is not the file that {SETTINGS} was written with (checksum differs); save the model again.")
+    try:
+        config = None if method is None else config_class(method).from_dict(values)
+    except (OptionError, TypeError) as error:
+        raise CheckpointError(f"{file} is corrupted: {error}") from error
+    return Saved(path, config, model_class, outer, settings.get("notes", {}))
+
+
+__all__ = ["SETTINGS", "WEIGHTS", "Saved", "mismatch", "read", "write"]

@@ -1,0 +1,309 @@
+"""A forward pass over packed tokens: pack, act at each point, restore. The model's own code runs every layer."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import PreTrainedModel
+
+from thresher.attention import NO_EVIDENCE, NOTHING, Evidence, Wanted, attend
+from thresher.backbones import Entrance
+from thresher.errors import OptionError
+from thresher.packed import PackedTokens
+from thresher.policy import Point, Policy, Trace, new_trace
+
+INTERFACE = "thresher"
+
+_current: ContextVar[Pass | None] = ContextVar("thresher_pass", default=None)
+_bypassed: ContextVar[bool] = ContextVar("thresher_bypassed", default=False)
+_keeping: ContextVar[bool] = ContextVar("thresher_keeping", default=False)
+_simulated: ContextVar[bool] = ContextVar("thresher_simulated", default=False)
+
+
+@contextlib.contextmanager
+def _set(variable: ContextVar[bool]) -> Iterator[None]:
+    token = variable.set(True)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def stock() -> contextlib.AbstractContextManager[None]:
+    """Inside this block attached models run as Hugging Face wrote them: padded, nothing dropped."""
+    return _set(_bypassed)
+
+
+def keep_everything() -> contextlib.AbstractContextManager[None]:
+    """Inside this block attached models run packed but drop nothing: the honest baseline."""
+    return _set(_keeping)
+
+
+def simulated_drops() -> contextlib.AbstractContextManager[None]:
+    """Inside this block dropped tokens stay in place, hidden by -inf on their attention logits, instead of leaving.
+
+    The answers are those of physical dropping; only the cost differs. Tests and gradient checks compare the two.
+    """
+    return _set(_simulated)
+
+
+class Pass:
+    """The state of one forward pass. Made when the encoder is called, dropped when it returns; never shared by threads."""
+
+    def __init__(self, engine: Engine, mask: Tensor, segments: Tensor | None, protected: Tensor | None) -> None:
+        keeping = _keeping.get() or engine.policy is None or engine.policy.mode == "off"
+        self.policy: Policy[Any] | None = None if keeping else engine.policy
+        self.mask = mask
+        self.segments = segments
+        self.protected = protected
+        self.carry = engine.entrance.fill == "carry"
+        self.simulated = _simulated.get()
+        self.trace: Trace = new_trace()
+        self.trace.mask = mask if self.trace.record else None
+        self.layer = 0
+        self.tokens: PackedTokens | None = None
+        self.wanted: Wanted = NOTHING
+        self.evidence: Evidence = NO_EVIDENCE
+
+    def begin_layer(self, hidden: Tensor) -> PackedTokens:
+        """hidden: [B, N, D] at the first layer, [1, T, D] later."""
+        self.layer += 1
+        if self.tokens is None:
+            tokens = PackedTokens.pack(
+                hidden,
+                self.mask,
+                segments=self.segments,
+                protected=self.protected,
+                carry=self.carry and self.policy is not None,
+                simulated=self.simulated,
+            )
+            self.trace.original = tokens.layout.sizes
+        else:
+            tokens = self.tokens.with_hidden(hidden[0])
+        self.tokens = tokens
+        self.evidence = NO_EVIDENCE
+        tokens = self.act(Point.BEFORE_LAYER, tokens)
+        self.wanted = self.policy.wants(self.layer) if self.policy else NOTHING
+        self._reads_attention = tokens.lengths.tolist() if self.simulated else tokens.layout.sizes
+        self._reads_feed_forward = self._reads_attention
+        return tokens
+
+    def act(self, point: Point, tokens: PackedTokens) -> PackedTokens:
+        if self.policy is not None:
+            after = self.policy.act(point, self.layer, tokens, self.evidence, self.trace)
+            if self.trace.record and after is not tokens:
+                self._note_dropped(tokens, after)
+            tokens = after
+        self.tokens = tokens
+        return tokens
+
+    def after_attention(self, hidden: Tensor) -> PackedTokens:
+        assert self.tokens is not None
+        tokens = self.act(Point.AFTER_ATTENTION, self.tokens.with_hidden(hidden[0]))
+        self._reads_feed_forward = tokens.lengths.tolist() if self.simulated else tokens.layout.sizes
+        return tokens
+
+    def end_layer(self, hidden: Tensor, *, also_after_attention: bool) -> PackedTokens:
+        assert self.tokens is not None
+        tokens = self.tokens.with_hidden(hidden[0])
+        if also_after_attention:
+            tokens = self.act(Point.AFTER_ATTENTION, tokens)
+        tokens = self.act(Point.AFTER_LAYER, tokens)
+        self.trace.reads.append((self._reads_attention, self._reads_feed_forward))
+        return tokens
+
+    def _note_dropped(self, before: PackedTokens, after: PackedTokens) -> None:
+        flat = before.layout.flat if before.alive is None else before.layout.flat[before.alive]
+        left = after.layout.flat if after.alive is None else after.layout.flat[after.alive]
+        self.trace.dropped.append((self.layer, flat[~torch.isin(flat, left)]))
+
+
+class Engine:
+    """The hooks of one attached model. Holds no state of a pass."""
+
+    def __init__(self, model: PreTrainedModel, entrance: Entrance, policy: Policy[Any] | None) -> None:
+        self.entrance = entrance
+        self.policy = policy
+        self.signature = inspect.signature(type(entrance.base).forward)
+        self.stock_implementation = model.config._attn_implementation
+        self.handles: list[Any] = []
+        self.model = model
+
+    def install(self) -> None:
+        entrance, base = self.entrance, self.entrance.base
+        self.model.set_attn_implementation(INTERFACE)
+        # The instance's forward rather than a hook: sentence-transformers calls model.forward itself.
+        base.forward = functools.update_wrapper(partial(_run, self), base.forward)  # type: ignore[method-assign]
+        for layer, midpoint in zip(entrance.layers, entrance.midpoints, strict=True):
+            self.handles.append(layer.register_forward_pre_hook(self.on_layer, with_kwargs=True))
+            self.handles.append(layer.register_forward_hook(partial(self.on_layer_end, midpoint is None)))
+            if midpoint is not None:
+                self.handles.append(midpoint.register_forward_hook(self.on_midpoint))
+        if entrance.tail is not None:
+            self.handles.append(entrance.tail.register_forward_hook(self.on_tail))
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        del self.entrance.base.forward
+        self.model.set_attn_implementation(self.stock_implementation)
+
+    def start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass | None:
+        """The pass for one call of the encoder with these arguments; None when it is to run as stock."""
+        base = self.entrance.base
+        if _bypassed.get():
+            return None
+        given = self.signature.bind_partial(base, *args, **kwargs).arguments
+        extra = given.get("kwargs", {})
+        for name in ("output_hidden_states", "output_attentions"):
+            value = given.get(name, extra.get(name))
+            if value or (value is None and getattr(self.model.config, name, False)):
+                raise OptionError(
+                    f"{name}=True has no meaning when every layer reads another number of tokens; leave it out, or read what "
+                    "was dropped with thresher.tracing(record=True)."
+                )
+        if getattr(base, "gradient_checkpointing", False) and base.training:
+            raise OptionError(
+                "Gradient checkpointing would run the layers a second time without their pass; switch it off (packed "
+                "training needs less memory already)."
+            )
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        like = ids if ids is not None else embeds
+        if like is None:
+            return None  # transformers' own error says what is missing
+        mask = given.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
+        if mask.dim() != 2:
+            raise OptionError(
+                f"An attached model takes an attention mask of shape [batch, tokens], not {list(mask.shape)}."
+            )
+        segments = given.get("token_type_ids")
+        if segments is None and ids is not None and self.entrance.segment_end is not None:
+            ends = ids == self.entrance.segment_end
+            segments = ((ends.cumsum(1) - ends.long()) > 0).long()
+        return Pass(self, mask, segments, self._protected(ids, segments))
+
+    def _protected(self, ids: Tensor | None, segments: Tensor | None) -> Tensor | None:
+        if self.policy is None:
+            return None
+        config = self.policy.config
+        protected = None
+        if config.protect_ids and ids is not None:
+            protected = torch.isin(ids, torch.tensor(config.protect_ids, device=ids.device))
+        if config.protect_segments and segments is not None:
+            inside = torch.isin(segments, torch.tensor(config.protect_segments, device=segments.device))
+            protected = inside if protected is None else protected | inside
+        return protected
+
+    def on_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        now = _current.get()
+        if now is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        tokens = now.begin_layer(hidden)
+        if (rotary := kwargs.get("position_embeddings")) is not None:
+            kwargs = {**kwargs, "position_embeddings": tuple(_gather_rotary(x, tokens) for x in rotary)}
+        packed = tokens.hidden.unsqueeze(0)
+        if args:
+            return (packed, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": packed}
+
+    def on_midpoint(self, module: nn.Module, args: Any, output: Any) -> Any:
+        now = _current.get()
+        if now is None:
+            return None
+        hidden, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+        hidden = now.after_attention(hidden).hidden.unsqueeze(0)
+        return hidden if rest is None else (hidden, *rest)
+
+    def on_layer_end(self, also_after_attention: bool, layer: nn.Module, args: Any, output: Any) -> Any:
+        now = _current.get()
+        if now is None:
+            return None
+        hidden, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+        tokens = now.end_layer(hidden, also_after_attention=also_after_attention)
+        if now.layer < self.entrance.calls:
+            hidden = tokens.hidden.unsqueeze(0)
+        elif self.entrance.tail is not None:
+            now.tokens = tokens = tokens.gather()
+            hidden = tokens.hidden.unsqueeze(0)
+        else:
+            hidden = tokens.restore(self.entrance.fill, now.mask)
+        return hidden if rest is None else (hidden, *rest)
+
+    def on_tail(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        now = _current.get()
+        if now is None or now.tokens is None:
+            return None
+        return now.tokens.with_hidden(output[0]).restore(self.entrance.fill, now.mask)
+
+
+def _run(engine: Engine, *args: Any, **kwargs: Any) -> Any:
+    """The encoder's forward, inside a pass of its own."""
+    base = engine.entrance.base
+    token = _current.set(engine.start(args, kwargs))
+    try:
+        return type(base).forward(base, *args, **kwargs)
+    finally:
+        _current.reset(token)
+
+
+def _gather_rotary(table: Tensor, tokens: PackedTokens) -> Tensor:
+    """[1 or B, N, d] → [1, T, d], by original position."""
+    if table.shape[0] == 1:
+        return table[:, tokens.positions]
+    return table.reshape(-1, table.shape[-1])[tokens.layout.flat].unsqueeze(0)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query, key, value [1, H, T, d] → [1, T, H, d]."""
+    now = _current.get()
+    if now is None or now.tokens is None:
+        return sdpa_attention_forward(  # type: ignore[no-any-return]
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    # transformers counts the window exclusively (its own value + 1).
+    window = None if sliding_window is None else sliding_window - 1
+    context, now.evidence = attend(
+        query[0],
+        key[0],
+        value[0],
+        now.tokens,
+        scale=scaling,
+        dropout=dropout,
+        window=window,
+        wanted=now.wanted,
+    )
+    return context.unsqueeze(0), None
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """During a packed pass nobody needs a padded mask; otherwise the stock one."""
+    return None if _current.get() is not None else sdpa_mask(*args, **kwargs)
+
+
+AttentionInterface.register(INTERFACE, _attention)
+AttentionMaskInterface.register(INTERFACE, _mask)

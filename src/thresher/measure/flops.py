@@ -1,0 +1,44 @@
+"""Analytic FLOPs from what a pass really read. A multiply-add is 2 FLOPs; embeddings and heads are left out on both sides.
+
+One layer that attends over n tokens and feeds m forward: 8 n d^2 (four projections) + 4 n^2 d (scores and context) + 4 m d i
+(feed-forward of width i; 6 m d i when gated), plus the method's own work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from thresher.policy import Geometry, Policy, Trace
+
+
+def layer_flops(geometry: Geometry, read: int, fed: int) -> int:
+    """One layer for one row: `read` tokens attend, `fed` tokens pass the feed-forward."""
+    d = geometry.hidden
+    wide = (6 if geometry.gated else 4) * geometry.intermediate
+    return 8 * read * d * d + 4 * read * read * d + fed * d * wide
+
+
+def dense_flops(geometry: Geometry, length: int) -> int:
+    """The encoder on one row of `length` tokens, no padding, nothing dropped."""
+    return geometry.layers * layer_flops(geometry, length, length)
+
+
+def flops(trace: Trace, geometry: Geometry, policy: Policy[Any] | None = None) -> list[int]:
+    """FLOPs of each row of a pass, the policy's own overhead included."""
+    totals = [0] * len(trace.original)
+    for layer, (reads, feeds) in enumerate(trace.reads, start=1):
+        for row, (read, fed) in enumerate(zip(reads, feeds, strict=True)):
+            totals[row] += layer_flops(geometry, read, fed)
+            if policy is not None and policy.mode != "off":
+                totals[row] += policy.overhead_flops(layer, read)
+    return totals
+
+
+def speedup(traces: Iterable[Trace] | Sequence[Trace], geometry: Geometry, policy: Policy[Any] | None = None) -> float:
+    """FLOPs of the same rows run packed with nothing dropped / FLOPs of what was run. Padding is in neither."""
+    spent = dense = 0
+    for trace in traces:
+        spent += sum(flops(trace, geometry, policy))
+        dense += sum(dense_flops(geometry, n) for n in trace.original)
+    return dense / spent if spent else 1.0

@@ -1,0 +1,136 @@
+"""Retention configurations: each layer keeps a given fraction of the row's own length. Training-free.
+
+The score is attention mass (PoWER-BERT's and LAT's significance), or a baseline that any score has to beat. Tokens drop after
+attention's residual and norm, before the feed-forward of the same layer. SpAtten's cascade top-k is here too: it is a retention
+configuration with a rule of its own for the fractions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+from thresher.attention import NOTHING, Evidence, Wanted
+from thresher.errors import OptionError
+from thresher.packed import PackedTokens
+from thresher.parts import scores
+from thresher.parts.rules import interpolate, keep_fraction
+from thresher.policy import Geometry, Point, Policy, PolicyConfig, Trace
+
+# About 2.2x fewer FLOPs on six layers; drawn for six and interpolated for other depths.
+DEFAULT_CURVE = (0.8, 0.6, 0.45, 0.3, 0.2, 0.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention(PolicyConfig):
+    """retention: the fraction of its original length that a row keeps after each layer, never rising, one for each layer. None: a
+    curve that falls to a tenth. strength raises every fraction to that power.
+    """
+
+    retention: tuple[float, ...] | None = None
+    score: ClassVar[str] = "attention-mass"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.retention is None:
+            return
+        if not self.retention or not all(0.0 < f <= 1.0 for f in self.retention):
+            raise OptionError(f"retention must be fractions above 0 and at most 1, one a layer, not {self.retention}.")
+        if any(b > a for a, b in zip(self.retention, self.retention[1:], strict=False)):
+            raise OptionError(
+                f"retention must not rise from layer to layer (a dropped token stays dropped), not {self.retention}."
+            )
+
+    def fractions(self, geometry: Geometry) -> tuple[float, ...]:
+        """One fraction for each layer, strength applied."""
+        if self.retention is None:
+            curve = interpolate(DEFAULT_CURVE, geometry.layers)
+        elif len(self.retention) != geometry.layers:
+            raise OptionError(
+                f"retention has {len(self.retention)} fractions but the model has {geometry.layers} layers; give one for each."
+            )
+        else:
+            curve = self.retention
+        return tuple(f**self.strength for f in curve)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionMass(Retention):
+    """Keep the tokens that receive most attention (METHODS: PoWER-BERT eq. 1, LAT). Works without any training.
+
+    off_diagonal: leave out what a token gives itself, as PoWER-BERT does.
+    """
+
+    method: ClassVar[str] = "attention-mass"
+    off_diagonal: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomTokens(Retention):
+    """Keep random tokens: what every score has to beat."""
+
+    method: ClassVar[str] = "random"
+    score: ClassVar[str] = "random"
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstTokens(Retention):
+    """Keep the first tokens."""
+
+    method: ClassVar[str] = "first"
+    score: ClassVar[str] = "first"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastTokens(Retention):
+    """Keep the last tokens (and the first one, which heads read)."""
+
+    method: ClassVar[str] = "last"
+    score: ClassVar[str] = "last"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeTopK(Retention):
+    """SpAtten's cascade, a baseline of the LTP paper: the first ceil(.15 L) layers keep everything, then the kept fraction falls in
+    a straight line to `keep_rate` at the last layer. strength raises keep_rate to that power.
+    """
+
+    method: ClassVar[str] = "cascade-top-k"
+    keep_rate: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.keep_rate <= 1.0:
+            raise OptionError(f"keep_rate must be above 0 and at most 1, not {self.keep_rate!r}.")
+
+    def fractions(self, geometry: Geometry) -> tuple[float, ...]:
+        layers, rate = geometry.layers, self.keep_rate**self.strength
+        unpruned = math.ceil(0.15 * layers)
+        steps = max(layers - unpruned, 1)
+        return tuple(1.0 - (1.0 - rate) * max(layer - unpruned, 0) / steps for layer in range(1, layers + 1))
+
+
+class RetentionPolicy(Policy[Retention]):
+    """Any score with the fraction rule."""
+
+    def __init__(self, config: Retention, geometry: Geometry) -> None:
+        super().__init__(config, geometry)
+        self.fractions = config.fractions(geometry)
+        name = "attention-mass-off-diagonal" if getattr(config, "off_diagonal", False) else config.score
+        score, self.wanted = scores.SCORES[name]
+        self.score = partial(scores.random, seed=config.seed) if isinstance(config, RandomTokens) else score
+
+    def _drops_at(self, layer: int) -> bool:
+        before = self.fractions[layer - 2] if layer > 1 else 1.0
+        return self.fractions[layer - 1] < before
+
+    def wants(self, layer: int) -> Wanted:
+        return self.wanted if self._drops_at(layer) else NOTHING
+
+    def act(self, point: Point, layer: int, tokens: PackedTokens, evidence: Evidence, trace: Trace) -> PackedTokens:
+        if point is not Point.AFTER_ATTENTION or not self._drops_at(layer):
+            return tokens
+        return tokens.keep(keep_fraction(self.score(tokens, evidence), tokens, self.fractions[layer - 1]))

@@ -1,0 +1,203 @@
+"""attach, detach, validate: what a user does to a model. In place, the class and the outputs stay."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from thresher import checkpoint
+from thresher.backbones import enter
+from thresher.engine import Engine, keep_everything, stock
+from thresher.errors import OptionError, ThresherError, UnsupportedModelError
+from thresher.methods import build, config_class
+from thresher.policy import Policy, PolicyConfig
+
+ModelT = TypeVar("ModelT")
+
+
+@dataclass
+class Attachment:
+    """What attach leaves on a model (as the plain attribute `thresher_attachment`, so state-dict keys do not change)."""
+
+    engine: Engine
+    policy: Policy[Any] | None
+    outer: str
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def find_encoder(model: Any) -> PreTrainedModel:
+    """The Hugging Face model itself, or the one inside a SentenceTransformer or CrossEncoder."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    if isinstance(model, nn.Module):
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                return module
+    raise UnsupportedModelError(
+        f"{type(model).__name__} holds no Hugging Face model; give a PreTrainedModel, a SentenceTransformer or a CrossEncoder."
+    )
+
+
+def attach(model: ModelT, policy: PolicyConfig | str | None = None) -> ModelT:
+    """Make `model` run packed and, with a policy, read less. In place; the same object comes back.
+
+    model: a Hugging Face encoder with or without a head, a SentenceTransformer or a CrossEncoder.
+    policy: a method's configuration, e.g. AttentionMass(retention=(.8, .6, .45, .3, .2, .1)), or a method's name for its
+        defaults. None: packed, nothing dropped. Attaching again replaces the policy.
+    Raises UnsupportedModelError for a family that cannot be entered, OptionError for a policy that does not fit the model.
+    """
+    encoder = find_encoder(model)
+    entrance = enter(encoder)
+    if isinstance(policy, str):
+        policy = config_class(policy)()
+    built = None if policy is None else build(policy, entrance.geometry)
+    if is_attached(encoder):
+        detach(encoder)
+    if built is not None:
+        built.to(encoder.device)
+    engine = Engine(encoder, entrance, built)
+    engine.install()
+    encoder.thresher_attachment = Attachment(engine, built, type(model).__name__)  # type: ignore[assignment]
+    encoder.save_pretrained = partial(_save_pretrained, encoder)  # type: ignore[method-assign]
+    return model
+
+
+def detach(model: ModelT) -> ModelT:
+    """Take everything off again: the stock model, exactly. Raises OptionError when nothing is attached."""
+    encoder = find_encoder(model)
+    attachment_of(encoder).engine.remove()
+    del encoder.thresher_attachment
+    del encoder.save_pretrained
+    return model
+
+
+def is_attached(model: Any) -> bool:
+    return "thresher_attachment" in find_encoder(model).__dict__
+
+
+def attachment_of(model: Any) -> Attachment:
+    found = find_encoder(model).__dict__.get("thresher_attachment")
+    if found is None:
+        raise OptionError("This model has nothing attached; call thresher.attach(model) first.")
+    return found  # type: ignore[no-any-return]
+
+
+def policy_of(model: Any) -> Policy[Any]:
+    """The policy on a model: its parameters, `auxiliary_loss(trace)` and `mode`. Raises OptionError when there is none."""
+    policy = attachment_of(model).policy
+    if policy is None:
+        raise OptionError("The model runs packed but has no policy; call thresher.attach(model, policy).")
+    return policy
+
+
+def set_config(model: Any, config: PolicyConfig) -> None:
+    """Change the settings of the attached policy; what it has learned stays.
+
+    Raises OptionError when `config` is of another method: attach that one instead.
+    """
+    attachment = attachment_of(model)
+    old = policy_of(model)
+    if type(config) is not type(old.config):
+        raise OptionError(f"The attached method is {old.config.method!r}; to change to {config.method!r}, attach it.")
+    policy = build(config, old.geometry)
+    policy.load_state_dict(old.state_dict())
+    policy.mode = old.mode
+    policy.to(find_encoder(model).device)
+    attachment.policy = attachment.engine.policy = policy
+
+
+def _save_pretrained(encoder: PreTrainedModel, save_directory: Any, **options: Any) -> None:
+    attachment = attachment_of(encoder)
+    write_plain = partial(type(encoder).save_pretrained, encoder, **options)
+    checkpoint.write(save_directory, write_plain, attachment.policy, type(encoder), attachment.outer, attachment.notes)
+
+
+def save(model: Any, directory: Any) -> None:
+    """Write the model with its policy; the same as model.save_pretrained(directory)."""
+    attachment_of(model)
+    model.save_pretrained(str(directory))
+
+
+def load(directory: Any, *, device: str | torch.device | None = None) -> Any:
+    """The model that save_pretrained wrote, policy attached, in eval mode: of the class that was saved (also a
+    SentenceTransformer or CrossEncoder).
+
+    Raises CheckpointError, saying which file is missing, corrupted or belongs to another model.
+    """
+    saved = checkpoint.read(directory)
+    model = saved.load_plain(device)
+    try:
+        attach(model, saved.config)
+    except OptionError as error:
+        raise checkpoint.mismatch(directory, error) from error
+    attachment = attachment_of(model)
+    attachment.notes.update(saved.notes)
+    if attachment.policy is not None:
+        saved.load_policy(attachment.policy)
+    return model
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The largest difference between the stock and the packed outputs, by output; and the tolerance it stayed within."""
+
+    differences: Mapping[str, float]
+    tolerance: float
+
+    @property
+    def worst(self) -> float:
+        return max(self.differences.values(), default=0.0)
+
+
+def validate(model: Any, inputs: Mapping[str, Tensor] | Sequence[Any], tolerance: float = 1e-4) -> Validation:
+    """Prove on your own inputs that the attached model, dropping nothing, is the stock model.
+
+    inputs: what the model takes: a dict of tensors; or texts (pairs of texts) for a SentenceTransformer (CrossEncoder).
+    Raises ThresherError when an output differs by more than `tolerance`.
+    """
+    attachment_of(model)
+    with evaluating(model), torch.no_grad():
+        with stock():
+            expected = _outputs(model, inputs)
+        with keep_everything():
+            got = _outputs(model, inputs)
+    differences = {name: float((expected[name] - got[name]).abs().max()) for name in expected}
+    result = Validation(differences, tolerance)
+    if not result.worst <= tolerance:
+        raise ThresherError(
+            f"Packed and stock outputs differ by {result.worst:.2g} (allowed {tolerance:.2g}), so this model must not be run "
+            "packed; please report its family and your transformers version."
+        )
+    return result
+
+
+def _outputs(model: Any, inputs: Any) -> dict[str, Tensor]:
+    if not isinstance(inputs, Mapping):
+        run = model.encode if hasattr(model, "encode") else model.predict
+        return {"output": torch.as_tensor(run(list(inputs), show_progress_bar=False))}
+    outputs = model(**inputs)
+    mask = inputs.get("attention_mask")
+    found = {}
+    for name, value in outputs.items():
+        if isinstance(value, Tensor):
+            per_token = mask is not None and value.shape[:2] == mask.shape
+            found[name] = value[mask.bool()] if per_token else value
+    return found
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """eval mode inside the block, the former mode after it."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

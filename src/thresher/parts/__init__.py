@@ -1,0 +1,1 @@
+"""What policies are made of: importance scores and selection rules, as pure functions of tensors."""

@@ -1,0 +1,55 @@
+"""Which tokens a score keeps: pure tensor rules, of which one row is the simplest case."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from thresher.packed import PackedTokens
+
+
+def ranks(score: Tensor, tokens: PackedTokens) -> Tensor:
+    """[T] int64: the place of each token in its row by falling score, from 0. Protected tokens come first, dead ones last; ties
+    go to the earlier token."""
+    score = score.masked_fill(tokens.layout.protected, float("inf"))
+    if tokens.alive is not None:
+        score = score.masked_fill(~tokens.alive, float("-inf"))
+    rows = tokens.layout.rows
+    by_score = score.argsort(stable=True, descending=True)
+    order = by_score[rows[by_score].argsort(stable=True)]
+    starts = tokens.layout.cu_seqlens[:-1].to(torch.int64)
+    place = torch.arange(len(order), device=order.device) - starts[rows]
+    return torch.empty_like(place).index_copy(0, order, place)
+
+
+def keep_fraction(score: Tensor, tokens: PackedTokens, fraction: float) -> Tensor:
+    """[T] bool: the best max(1, round(fraction x original length)) tokens of each row."""
+    count = (tokens.layout.original * fraction).round().clamp(min=1).to(torch.int64)
+    return ranks(score, tokens) < count[tokens.layout.rows]
+
+
+def keep_count(score: Tensor, tokens: PackedTokens, count: int) -> Tensor:
+    """[T] bool: the best `count` tokens of each row (an absolute retention configuration)."""
+    return ranks(score, tokens) < count
+
+
+def keep_above(score: Tensor, threshold: Tensor | float) -> Tensor:
+    """[T] bool: score >= threshold."""
+    return score >= threshold
+
+
+def interpolate(curve: Sequence[float], layers: int) -> tuple[float, ...]:
+    """A retention curve drawn for len(curve) layers, for `layers` layers: layer l of L takes the value at depth l / L."""
+    if len(curve) == layers:
+        return tuple(curve)
+    out = []
+    for layer in range(1, layers + 1):
+        at = layer / layers * len(curve) - 1
+        low = min(max(math.floor(at), 0), len(curve) - 1)
+        high = min(low + 1, len(curve) - 1)
+        weight = min(max(at - low, 0.0), 1.0)
+        out.append(curve[low] * (1 - weight) + curve[high] * weight)
+    return tuple(out)

@@ -1,0 +1,68 @@
+"""Importance of each token: higher means read on. Every score is [T] float32 and looks at one row at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from thresher.attention import Evidence, Wanted
+from thresher.packed import PackedTokens
+
+Score = Callable[[PackedTokens, Evidence], Tensor]
+
+
+def attention_mass(tokens: PackedTokens, evidence: Evidence) -> Tensor:
+    """AM (PoWER-BERT, LAT, LTP): mean over heads and real queries of the attention a token receives."""
+    assert evidence.mass is not None
+    return evidence.mass
+
+
+def attention_mass_off_diagonal(tokens: PackedTokens, evidence: Evidence) -> Tensor:
+    """AM without what a token gives itself, as PoWER-BERT writes it."""
+    return evidence.mass_off_diagonal(tokens)
+
+
+def first(tokens: PackedTokens, evidence: Evidence) -> Tensor:
+    """Earlier tokens are worth more."""
+    return -tokens.positions.to(torch.float32)
+
+
+def last(tokens: PackedTokens, evidence: Evidence) -> Tensor:
+    """Later tokens are worth more."""
+    return tokens.positions.to(torch.float32)
+
+
+def random(tokens: PackedTokens, evidence: Evidence, *, seed: int = 0) -> Tensor:
+    """A fixed random number for each place in the row: a hash of seed, place and row length.
+
+    Not a generator, so that an answer does not depend on the batch, and a later layer keeps a subset of what an earlier
+    one kept.
+    """
+    starts = tokens.layout.positions.new_zeros(len(tokens.layout.lengths))
+    starts = starts.scatter_reduce(0, tokens.layout.rows, tokens.positions, "amin", include_self=False)
+    place = tokens.positions - starts[tokens.layout.rows]
+    mixed = place * 2654435761 + tokens.layout.original[tokens.layout.rows] * 40503 + (seed + 1) * 2246822519
+    for multiplier in (2146121005, 2221713035):  # two rounds of xor-shift-multiply on 31 bits
+        mixed = mixed & 0x7FFFFFFF
+        mixed = (mixed ^ (mixed >> 15)) * multiplier
+    return ((mixed & 0x7FFFFFFF) >> 8).to(torch.float32)
+
+
+def relative(score: Tensor, tokens: PackedTokens) -> Tensor:
+    """score / its maximum over the row's living tokens."""
+    if tokens.alive is not None:
+        score = score.masked_fill(~tokens.alive, 0.0)
+    top = score.new_zeros(len(tokens.layout.lengths))
+    top = top.scatter_reduce(0, tokens.layout.rows, score, "amax", include_self=False)
+    return score / top[tokens.layout.rows].clamp(min=1e-12)
+
+
+SCORES: dict[str, tuple[Score, Wanted]] = {
+    "attention-mass": (attention_mass, Wanted(mass=True)),
+    "attention-mass-off-diagonal": (attention_mass_off_diagonal, Wanted(mass=True, diagonal=True)),
+    "first": (first, Wanted()),
+    "last": (last, Wanted()),
+    "random": (random, Wanted()),
+}

@@ -1,0 +1,162 @@
+"""What a method is to the engine: a policy that takes tokens and gives tokens, and the trace of one forward pass."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from thresher.attention import NOTHING, Evidence, Wanted
+from thresher.errors import OptionError, nearest
+from thresher.packed import PackedTokens
+
+Mode = Literal["off", "soft", "hard"]
+
+
+class Point(Enum):
+    """Where a policy may act. On pre-norm families AFTER_ATTENTION is acted at AFTER_LAYER."""
+
+    BEFORE_LAYER = "before layer"
+    AFTER_ATTENTION = "after attention"
+    AFTER_LAYER = "after layer"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of an encoder that policies and the FLOPs count need. Layers are counted 1..layers."""
+
+    layers: int
+    hidden: int
+    heads: int
+    intermediate: int
+    gated: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """Settings of one method: the user's API, and what is saved.
+
+    protect_segments: segments of which no token may be dropped, e.g. (0,) for the question in extractive QA.
+    protect_ids: token ids that may not be dropped, e.g. the separators. The first token always stays.
+    strength: the one knob that calibration turns. 0 keeps everything, 1 is the configuration as written, larger reads less.
+    """
+
+    method: ClassVar[str] = ""
+
+    protect_segments: tuple[int, ...] = ()
+    protect_ids: tuple[int, ...] = ()
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.strength < float("inf"):
+            raise OptionError(f"strength must be a number of at least 0, not {self.strength!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Raises OptionError for a setting that this method does not have."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                raise OptionError(f"The method {cls.method!r} has no setting {name!r}{nearest(name, known)}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def replace(self, **changes: Any) -> Self:
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass
+class Trace:
+    """What happened in one forward pass. Made for the pass, never stored in the model.
+
+    reads: for each layer, the tokens of each row that its attention read and that its feed-forward read.
+    dropped: (layer, flat index of the tokens dropped there), kept when `record` is set.
+    auxiliary: per-layer tensors that a method's loss needs, by name.
+    """
+
+    record: bool = False
+    mask: Tensor | None = None
+    reads: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    dropped: list[tuple[int, Tensor]] = field(default_factory=list)
+    auxiliary: dict[str, list[Tensor]] = field(default_factory=dict)
+    original: list[int] = field(default_factory=list)
+    _attention: list[int] = field(default_factory=list)
+
+    def add(self, name: str, value: Tensor) -> None:
+        self.auxiliary.setdefault(name, []).append(value)
+
+    def dropped_at(self) -> Tensor:
+        """[B, N] int64: the layer at which each token was dropped, 0 = kept to the end, -1 = padding. Needs `record`."""
+        if not self.record or self.mask is None:
+            raise OptionError("This trace did not record which tokens were dropped; use tracing(record=True).")
+        out = torch.zeros_like(self.mask, dtype=torch.int64).masked_fill(~self.mask.bool(), -1)
+        for layer, flat in self.dropped:
+            out.view(-1)[flat] = layer
+        return out
+
+
+_sink: ContextVar[tuple[list[Trace], bool] | None] = ContextVar("thresher_traces", default=None)
+
+
+@contextlib.contextmanager
+def tracing(record: bool = False) -> Iterator[list[Trace]]:
+    """Collect the trace of every forward pass made inside the block, by this thread.
+
+    record: also keep which tokens were dropped where.
+    """
+    traces: list[Trace] = []
+    token = _sink.set((traces, record))
+    try:
+        yield traces
+    finally:
+        _sink.reset(token)
+
+
+def new_trace() -> Trace:
+    sink = _sink.get()
+    trace = Trace(record=bool(sink and sink[1]))
+    if sink:
+        sink[0].append(trace)
+    return trace
+
+
+ConfigT = TypeVar("ConfigT", bound=PolicyConfig)
+
+
+class Policy(nn.Module, Generic[ConfigT]):
+    """One method. Holds its configuration and its parameters, never the state of a pass.
+
+    Subclasses say which evidence they want from a layer and what they do with the tokens at a point. The default reads
+    everything.
+    """
+
+    def __init__(self, config: ConfigT, geometry: Geometry) -> None:
+        super().__init__()
+        self.config = config
+        self.geometry = geometry
+        self.mode: Mode = "hard"
+
+    def wants(self, layer: int) -> Wanted:
+        """Evidence from `layer`'s attention."""
+        return NOTHING
+
+    def act(self, point: Point, layer: int, tokens: PackedTokens, evidence: Evidence, trace: Trace) -> PackedTokens:
+        """Tokens in, tokens out."""
+        return tokens
+
+    def auxiliary_loss(self, trace: Trace) -> Tensor | None:
+        """What a training stage adds to the task's loss; None outside a stage that adds something."""
+        return None
+
+    def overhead_flops(self, layer: int, n: int) -> int:
+        """The method's own work at one layer for a row of n tokens (a multiply-add is 2)."""
+        return 2 * self.geometry.heads * n * n if self.wants(layer) else 0
