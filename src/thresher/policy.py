@@ -128,6 +128,27 @@ def new_trace() -> Trace:
         sink[0].append(trace)
     return trace
 
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One training stage of a method; every setting can be overridden.
+
+    mode: how the policy acts: "off" (plain model), "soft" (differentiable), "hard" (tokens really drop).
+    epochs, learning_rate, batch_size, warmup (share of the steps), weight_decay: as in transformers.
+    policy_learning_rate: for the policy's own parameters; None leaves them fixed.
+    label_weight, distil_weight: weights of the task's loss and of what the stock model says (KL on logits, cosine on embeddings).
+    """
+
+    name: str
+    mode: Mode
+    epochs: float = 1.0
+    learning_rate: float = 5e-5
+    policy_learning_rate: float | None = None
+    batch_size: int = 16
+    warmup: float = 0.06
+    weight_decay: float = 0.01
+    label_weight: float = 1.0
+    distil_weight: float = 0.0
+
 
 ConfigT = TypeVar("ConfigT", bound=PolicyConfig)
 
@@ -156,6 +177,10 @@ class Policy(nn.Module, Generic[ConfigT]):
     def auxiliary_loss(self, trace: Trace) -> Tensor | None:
         """What a training stage adds to the task's loss; None outside a stage that adds something."""
         return None
+
+    def stages(self) -> tuple[Stage, ...]:
+        """How the method is trained from a fine-tuned model: by default the model learns from its stock self."""
+        return (Stage(name="distil", mode="hard", label_weight=0.0, distil_weight=1.0),)
 
     def overhead_flops(self, layer: int, n: int) -> int:
         """The method's own work at one layer for a row of n tokens (a multiply-add is 2)."""

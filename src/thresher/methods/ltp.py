@@ -18,7 +18,7 @@ from thresher.errors import OptionError
 from thresher.packed import PackedTokens
 from thresher.parts.rules import keep_above
 from thresher.parts.scores import attention_mass, relative
-from thresher.policy import Geometry, Point, Policy, PolicyConfig, Trace
+from thresher.policy import Geometry, Point, Policy, PolicyConfig, Stage, Trace
 
 MASK = "ltp mask"
 
@@ -111,6 +111,13 @@ class LTPPolicy(ThresholdPolicy):
         mask = torch.sigmoid(distance).masked_fill(tokens.layout.protected, 1.0)
         trace.add(MASK, mask.mean())
         return tokens.with_hidden(tokens.hidden * mask.unsqueeze(1).to(tokens.hidden.dtype))
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The paper's second and third stage; the first is ordinary fine-tuning."""
+        return (
+            Stage(name="soft", mode="soft", learning_rate=2e-5, policy_learning_rate=2e-5),
+            Stage(name="hard", mode="hard", learning_rate=2e-5),
+        )
 
     def auxiliary_loss(self, trace: Trace) -> Tensor | None:
         """penalty * (1 / L) * sum over layers of the mean mask; only in the soft stage."""

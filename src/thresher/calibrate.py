@@ -1,0 +1,152 @@
+"""From a target ("2x", "at most one point lost") to the setting that meets it, on validation data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+
+from thresher.errors import OptionError, TargetError
+from thresher.measure.run import Run, run, run_packed
+from thresher.model import attachment_of, policy_of, set_config
+
+Quality = Callable[[np.ndarray], float]
+STRONGEST = 64.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was found: strength, its FLOPs speedup, and the quality with and without dropping (None without a quality)."""
+
+    strength: float
+    speedup: float
+    quality: float | None = None
+    baseline: float | None = None
+
+
+def calibrate(
+    model: Any,
+    rows: datasets.Dataset,
+    *,
+    speedup: float | None = None,
+    max_loss: float | None = None,
+    quality: Quality | None = None,
+    batch_size: int = 32,
+    tolerance: float = 0.01,
+    predict: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor] | None = None,
+) -> Calibration:
+    """Set the attached policy's strength so that a target holds on `rows` (encoded validation rows); save keeps it.
+
+    speedup: FLOPs ratio to reach, within `tolerance`; no labels needed. max_loss: the most that `quality` may fall
+        (0.01 = one point of accuracy) below the packed model that drops nothing; the fastest setting that holds is taken.
+    quality: from predictions [n, ...] in row order to a number, higher is better; without it, agreement with the undropped
+        model's answers (class predictions; for one value 1 - normalised squared difference).
+    Raises TargetError, naming the nearest that can be had, when the target cannot be met; the model is then unchanged.
+    """
+    if (speedup is None) == (max_loss is None):
+        raise OptionError("Give calibrate one target: speedup=2.0, or max_loss=0.01.")
+    if speedup is not None and speedup < 1.0:
+        raise OptionError(f"speedup must be at least 1, not {speedup}.")
+    if max_loss is not None and max_loss < 0.0:
+        raise OptionError(f"max_loss must be at least 0, not {max_loss}.")
+    if len(rows) == 0:
+        raise OptionError("Calibration needs at least one row.")
+    before = policy_of(model).config
+    search = _Search(model, rows, {"batch_size": batch_size, "predict": predict})
+    try:
+        if speedup is not None:
+            found = _to_speedup(search, speedup, tolerance)
+            baseline = None
+        else:
+            assert max_loss is not None
+            packed = run_packed(model, rows, **search.options)
+            judge = quality or _agreement(packed.predictions)
+            baseline = judge(packed.predictions)
+            found = _to_loss(search, judge, baseline - max_loss)
+    except BaseException:
+        set_config(model, before)
+        raise
+    strength, result = found
+    set_config(model, before.replace(strength=strength))
+    value = quality(result.predictions) if quality else None
+    if max_loss is not None:
+        value = judge(result.predictions)
+    calibration = Calibration(strength, result.speedup, value, baseline)
+    attachment_of(model).notes["calibration"] = {
+        "target": {"speedup": speedup} if speedup is not None else {"max_loss": max_loss},
+        "rows": len(rows),
+        **calibration.__dict__,
+    }
+    return calibration
+
+
+class _Search:
+    """Runs the model at a strength, remembering what was run."""
+
+    def __init__(self, model: Any, rows: datasets.Dataset, options: dict[str, Any]) -> None:
+        self.model, self.rows, self.options = model, rows, options
+        self.seen: dict[float, Run] = {}
+
+    def at(self, strength: float) -> Run:
+        if strength not in self.seen:
+            set_config(self.model, policy_of(self.model).config.replace(strength=strength))
+            self.seen[strength] = run(self.model, self.rows, **self.options)
+        return self.seen[strength]
+
+
+def _to_speedup(search: _Search, target: float, tolerance: float) -> tuple[float, Run]:
+    low, high = 0.0, 1.0
+    while search.at(high).speedup < target:
+        low, high = high, high * 2
+        if high > STRONGEST:
+            best = max(run.speedup for run in search.seen.values())
+            raise TargetError(
+                f"No setting reaches a FLOPs speedup of {target:.2f}x on these rows; the most this method reaches is {best:.2f}x."
+            )
+    for _ in range(20):
+        ratio = search.at(high).speedup / target
+        if 1.0 <= ratio <= 1.0 + tolerance:
+            break
+        # Strength acts like an exponent or a scale: halve the interval in the logarithm once it is away from zero.
+        middle = math.sqrt(low * high) if low > 0 else high / 2
+        if search.at(middle).speedup < target:
+            low = middle
+        else:
+            high = middle
+    return high, search.at(high)
+
+
+def _to_loss(search: _Search, quality: Quality, floor: float) -> tuple[float, Run]:
+    def holds(strength: float) -> bool:
+        return quality(search.at(strength).predictions) >= floor - 1e-12
+
+    low, high = 0.0, 1.0
+    while holds(high) and high < STRONGEST:
+        low, high = high, high * 2
+    if not holds(high):
+        for _ in range(7):
+            middle = math.sqrt(low * high) if low > 0 else high / 4
+            low, high = (middle, high) if holds(middle) else (low, middle)
+    else:
+        low = high
+    if low == 0.0:
+        tried = [(quality(r.predictions), r.speedup) for s, r in search.seen.items() if s > 0]
+        best, ratio = max(tried)
+        raise TargetError(
+            f"No setting that drops anything stays at {floor:.4f} or above on these rows; the nearest has {best:.4f} at "
+            f"{ratio:.2f}x. Train the method first (thresher fit), or allow a larger loss."
+        )
+    return low, search.at(low)
+
+
+def _agreement(packed: np.ndarray) -> Quality:
+    if packed.ndim == 2 and packed.shape[1] > 1:
+        answers = packed.argmax(-1)
+        return lambda predictions: float((predictions.argmax(-1) == answers).mean())
+    spread = float(packed.var()) or 1.0
+    return lambda predictions: 1.0 - float(((predictions - packed) ** 2).mean()) / spread

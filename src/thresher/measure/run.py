@@ -1,0 +1,92 @@
+"""Run a model over encoded rows: predictions in the caller's order, and what every pass read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+
+from thresher.engine import keep_everything
+from thresher.measure.flops import speedup
+from thresher.model import attachment_of, evaluating, find_encoder, is_attached
+from thresher.policy import Trace, tracing
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+@dataclass(frozen=True)
+class Run:
+    """predictions: [n, ...] in the order of the rows. speedup: FLOPs of the packed model that drops nothing / FLOPs spent."""
+
+    predictions: np.ndarray
+    traces: tuple[Trace, ...]
+    speedup: float
+
+
+def batches(rows: datasets.Dataset, size: int) -> list[list[int]]:
+    """Row numbers in batches of similar length, longest first (embeddings and heads still see padding)."""
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def collate(rows: datasets.Dataset, index: list[int], pad_id: int, device: torch.device | None = None) -> dict[str, torch.Tensor]:
+    """The rows at `index` as padded tensors [B, N] of the model's inputs."""
+    picked = rows[index]
+    width = max(len(ids) for ids in picked["input_ids"])
+    out = {}
+    for name in MODEL_INPUTS:
+        if name in picked:
+            fill = pad_id if name == "input_ids" else 0
+            out[name] = torch.tensor([r + [fill] * (width - len(r)) for r in picked[name]], device=device)
+    return out
+
+
+def run(
+    model: Any,
+    rows: datasets.Dataset,
+    *,
+    batch_size: int = 32,
+    predict: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor] | None = None,
+    on_batch: Callable[[int], object] | None = None,
+) -> Run:
+    """Predictions of `model` for every row, in eval mode.
+
+    rows: encoded rows with input_ids and attention_mask. predict: from (model, batch) to [B, ...]; the logits by default.
+    on_batch: called with the number of rows just done (progress bars).
+    """
+    encoder = find_encoder(model)
+    pad_id = encoder.config.pad_token_id or 0
+    predict = predict or _logits
+    parts, order, traces = [], [], []
+    with evaluating(model), torch.inference_mode():
+        for index in batches(rows, batch_size):
+            with tracing() as made:
+                parts.append(predict(model, collate(rows, index, pad_id, encoder.device)).float().cpu().numpy())
+            traces.extend(made)
+            order.extend(index)
+            if on_batch:
+                on_batch(len(index))
+    predictions = np.concatenate(parts)
+    restored = np.empty_like(predictions)
+    restored[order] = predictions
+    attachment = attachment_of(model) if is_attached(model) else None
+    ratio = 1.0
+    if attachment is not None and attachment.policy is not None:
+        ratio = speedup(traces, attachment.policy.geometry, attachment.policy)
+    return Run(restored, tuple(traces), ratio)
+
+
+def run_packed(model: Any, rows: datasets.Dataset, **options: Any) -> Run:
+    """The honest baseline: the same model, packed, nothing dropped."""
+    with keep_everything():
+        result = run(model, rows, **options)
+    return Run(result.predictions, result.traces, 1.0)
+
+
+def _logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**batch).logits  # type: ignore[no-any-return]

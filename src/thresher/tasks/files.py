@@ -1,0 +1,187 @@
+"""One data file into rows, with errors that name the line."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.table import InMemoryTable
+
+from thresher.errors import DataError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
+"""The endings `read_file` knows, the most faithful formats first."""
+
+# Only what is written back the same: "007" and a number too long for its type are names, and stay text.
+_INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")
+_FLOAT = re.compile(r"-?((0|[1-9]\d{0,14})(\.\d*)?|\.\d+)([eE][+-]?\d{1,2})?")
+
+
+def data_suffix(path: Path) -> str | None:
+    """The ending of a file that can be read ('.jsonl.gz'), or None."""
+    return next((s for s in SUFFIXES if path.name.lower().endswith(s)), None)
+
+
+def read_file(path: Path) -> datasets.Dataset:
+    """All rows of a file, in order; every row has the same fields.
+
+    Raises:
+        DataError: the ending is unknown, the file cannot be read or holds no rows, or a line is malformed.
+    """
+    suffix = data_suffix(path)
+    if suffix is None:
+        raise DataError(f"{path} has an ending that is not known; known are {', '.join(SUFFIXES)}.")
+    if suffix == ".parquet":
+        return _parquet(path)
+    content = _bytes(path)
+    if not content.strip():
+        raise DataError(f"{path} is empty.")
+    if suffix.startswith((".csv", ".tsv")):
+        columns = _separated(path, content, "," if suffix.startswith(".csv") else "\t")
+    elif suffix.startswith(".json") and not suffix.startswith(".jsonl") and content.lstrip().startswith(b"["):
+        columns = _columns(path, "row", list(enumerate(_json_list(path, content), start=1)))
+    else:  # a .json file that is no list is taken for one object a line, as data libraries write it
+        columns = _columns(path, "line", _json_lines(path, content))
+    return datasets.Dataset.from_dict(columns)
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.name.lower().endswith(".gz") else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {str(error).rstrip('.')}.") from error
+    return content.removeprefix(codecs.BOM_UTF8)
+
+
+def _parquet(path: Path) -> datasets.Dataset:
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as parquet: {str(error).rstrip('.')}.") from error
+    if not table.num_rows:
+        raise DataError(f"{path} holds no rows.")
+    return datasets.Dataset(InMemoryTable(table))
+
+
+def _text(path: Path, line: int, raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, line {line + raw[: error.start].count(10)}: the text is not UTF-8.") from error
+
+
+def _json_lines(path: Path, content: bytes) -> list[tuple[int, Any]]:
+    rows = []
+    for number, raw in enumerate(content.split(b"\n"), start=1):
+        text = _text(path, number, raw)
+        if not text.strip():
+            continue
+        try:
+            rows.append((number, json.loads(text)))
+        except (json.JSONDecodeError, RecursionError) as error:
+            what = (
+                f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+            )
+            raise DataError(f"{path}, line {number}: this is not valid JSON ({what}).") from error
+    return rows
+
+
+def _json_list(path: Path, content: bytes) -> list[Any]:
+    try:
+        rows: list[Any] = json.loads(_text(path, 1, content))
+    except (json.JSONDecodeError, RecursionError) as error:
+        line, what = (error.lineno, error.msg) if isinstance(error, json.JSONDecodeError) else (1, "nested too deep")
+        raise DataError(f"{path}, line {line}: this is not valid JSON ({what}).") from error
+    return rows
+
+
+def _columns(path: Path, unit: str, rows: Sequence[tuple[int, Any]]) -> dict[str, pa.Array]:
+    """Rows, each with the number of its line, to columns; all rows must have the fields of the first."""
+    if not rows:
+        raise DataError(f"{path} holds no rows.")
+    first_number, first = rows[0]
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, {unit} {number}: a row must be an object, and this is a {type(row).__name__}.")
+        if row.keys() != first.keys():
+            missing = next((field for field in first if field not in row), None)
+            where, other = (number, first_number) if missing is not None else (first_number, number)
+            field = missing if missing is not None else next(field for field in row if field not in first)
+            raise DataError(
+                f"{path}, {unit} {where}: the field '{field}', which {unit} {other} has, is missing "
+                "(write null for no value)."
+            )
+    if not first:
+        raise DataError(f"{path}, {unit} {first_number}: the rows have no fields.")
+    return {field: _array(path, unit, field, [(number, row[field]) for number, row in rows]) for field in first}
+
+
+def _array(path: Path, unit: str, field: str, values: list[tuple[int, Any]]) -> pa.Array:
+    try:
+        return pa.array([value for _, value in values])
+    except (pa.ArrowException, ValueError, OverflowError, TypeError) as error:
+        kinds: dict[str, int] = {}  # name of a type → the first line that has it
+        for number, value in values:
+            if value is not None:
+                kinds.setdefault(type(value).__name__, number)
+        if len(kinds) > 1:
+            (kind, here), (other, there) = list(kinds.items())[:2]
+            raise DataError(
+                f"{path}, {unit} {there}: the field '{field}' is of type {other}, "
+                f"but in {unit} {here} it is of type {kind}."
+            ) from error
+        raise DataError(f"{path}: the field '{field}' cannot be made a column: {str(error).rstrip('.')}.") from error
+
+
+def _separated(path: Path, content: bytes, separator: str) -> dict[str, list[Any]]:
+    """Columns of a .csv or .tsv; a column of nothing but numbers, or of numbers and gaps, becomes numbers and nulls."""
+    csv.field_size_limit(2**31 - 1)  # the limit is the process's, and documents are longer than its default of 131,072
+    # Tab-separated files are written without quoting as a rule, and a stray quotation mark would swallow lines.
+    stream = io.StringIO(_text(path, 1, content), newline="")
+    if separator == "\t":
+        reader = csv.reader(stream, delimiter=separator, quoting=csv.QUOTE_NONE, strict=True)
+    else:
+        reader = csv.reader(stream, delimiter=separator, strict=True)
+    header: list[str] = []
+    rows: list[list[str]] = []
+    start = 1
+    try:
+        for fields in reader:
+            if not header:
+                header = fields
+                if len(set(header)) < len(header):
+                    raise DataError(f"{path}, line {start}: a column name stands twice in the header.")
+            elif fields and len(fields) != len(header):
+                raise DataError(
+                    f"{path}, line {start}: {len(fields)} fields, "
+                    f"but the header has {len(header)} ({', '.join(header)})."
+                )
+            elif fields:
+                rows.append(fields)
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}, line {start}: this is not a valid row ({error}).") from error
+    if not rows:
+        raise DataError(f"{path} holds a header but no rows.")
+    return {name: _numbers(list(column)) for name, column in zip(header, zip(*rows, strict=True), strict=True)}
+
+
+def _numbers(column: list[str]) -> list[Any]:
+    filled = [value for value in column if value]
+    kind = next(
+        (kind for kind, form in ((int, _INTEGER), (float, _FLOAT)) if all(form.fullmatch(value) for value in filled)),
+        None,
+    )
+    return column if kind is None or not filled else [kind(value) if value else None for value in column]

@@ -1,0 +1,110 @@
+"""A method's stages one after the other, resumable, with calibration where the method starts to drop."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from thresher import checkpoint
+from thresher.calibrate import Calibration, Quality, calibrate
+from thresher.errors import OptionError, nearest
+from thresher.model import attach, attachment_of, find_encoder, is_attached, policy_of, save, set_config
+from thresher.policy import PolicyConfig, Stage
+from thresher.training.learner import stock_copy
+from thresher.training.stages import run_stage
+
+FIRST_GUESS = 2.0
+
+
+def fit(
+    model: Any,
+    policy: PolicyConfig | str,
+    rows: datasets.Dataset,
+    tokenizer: Any,
+    directory: str | Path,
+    *,
+    validation: datasets.Dataset | None = None,
+    speedup: float | None = None,
+    max_loss: float | None = None,
+    quality: Quality | None = None,
+    fine_tune: bool = False,
+    stages: tuple[Stage, ...] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    on_stage: Callable[[Stage], object] | None = None,
+    **arguments: Any,
+) -> Any:
+    """Train `model` with a method and save it to `directory`; the model comes back attached, in eval mode.
+
+    model: a Hugging Face encoder with its task head, or a SentenceTransformer. rows, validation: encoded rows.
+    speedup / max_loss: the target, met on `validation` (see calibrate): before tokens first drop in training, and at the end.
+    fine_tune: begin with ordinary fine-tuning, for a model whose head is new.
+    stages: instead of the method's own. overrides: settings for every stage ({"epochs": 2}) or one ({"soft.learning_rate": 1e-4}).
+    A run that was interrupted goes on where it stopped when called again with the same directory.
+    """
+    work = Path(directory) / "training"
+    attach(model, policy)
+    plan = stages if stages is not None else policy_of(model).stages()
+    if fine_tune:
+        plan = (Stage(name="fine-tune", mode="off"), *plan)
+    plan = tuple(_override(stage, overrides or {}, plan) for stage in plan)
+    if (speedup is not None or max_loss is not None) and validation is None:
+        raise OptionError("A target needs validation rows to be met on; give validation=.")
+    teacher = None
+    for number, stage in enumerate(plan, start=1):
+        done = work / f"{number}-{stage.name}" / "done"
+        if done.is_dir():
+            _take_over(model, done)
+            continue
+        if stage.distil_weight and teacher is None:
+            teacher = stock_copy(_start_of_distillation(model, work, plan))
+        if stage.mode == "hard" and validation is not None and (speedup or max_loss):
+            calibrate(model, validation, speedup=speedup or FIRST_GUESS)
+        if on_stage:
+            on_stage(stage)
+        run_stage(model, stage, rows, tokenizer, done.parent, teacher=teacher, seed=seed, **arguments)
+        save(model, done)
+        for old in done.parent.glob("checkpoint-*"):
+            shutil.rmtree(old, ignore_errors=True)
+    if validation is not None and (speedup or max_loss):
+        calibrate(model, validation, speedup=speedup, max_loss=max_loss, quality=quality)
+    save(model, directory)
+    tokenizer.save_pretrained(str(directory))
+    return model
+
+
+def _override(stage: Stage, overrides: Mapping[str, Any], plan: tuple[Stage, ...]) -> Stage:
+    known = {f.name for f in dataclasses.fields(Stage)} - {"name"}
+    changes = {}
+    for key, value in overrides.items():
+        name, _, setting = key.rpartition(".")
+        if setting not in known:
+            raise OptionError(f"A stage has no setting {setting!r}{nearest(setting, known)}")
+        if name and name not in {s.name for s in plan}:
+            raise OptionError(f"The method has no stage {name!r}{nearest(name, {s.name for s in plan})}")
+        if name in ("", stage.name):
+            changes[setting] = value
+    return dataclasses.replace(stage, **changes)
+
+
+def _take_over(model: Any, done: Path) -> None:
+    """Continue from a finished stage: its weights and what its policy had learned and been set to."""
+    saved = checkpoint.read(done)
+    loaded = saved.load_plain()
+    find_encoder(model).load_state_dict(find_encoder(loaded).state_dict())
+    assert saved.config is not None
+    set_config(model, saved.config)
+    saved.load_policy(policy_of(model))
+
+
+def _start_of_distillation(model: Any, work: Path, plan: tuple[Stage, ...]) -> Any:
+    """The teacher is the stock model: as fine-tuned if this run fine-tunes, else as it was given."""
+    return model
+
+
+__all__ = ["Calibration", "fit"]

@@ -1,0 +1,105 @@
+"""The losses of one stage, as a module: what a trainer wraps, and what a loop of your own can call."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thresher.errors import OptionError
+from thresher.model import attachment_of, detach, find_encoder, is_attached
+from thresher.policy import Stage, tracing
+
+LABELS = ("labels", "start_positions", "end_positions")
+
+
+def stock_copy(model: Any) -> Any:
+    """A frozen copy of `model` as it is now, without its policy: the teacher of self-distillation."""
+    teacher = copy.deepcopy(model)
+    if is_attached(teacher):
+        detach(teacher)
+    for parameter in teacher.parameters():
+        parameter.requires_grad_(False)
+    return teacher.eval()
+
+
+def predictions(outputs: Any) -> Tensor:
+    """What a model says: logits [B, ...], start and end logits side by side [B, N, 2], or an embedding [B, D]."""
+    for name in ("logits", "sentence_embedding", "scores"):
+        if name in outputs and outputs[name] is not None:
+            return outputs[name]  # type: ignore[no-any-return]
+    if "start_logits" in outputs:
+        return torch.stack([outputs["start_logits"], outputs["end_logits"]], -1)
+    raise OptionError("The model has neither logits nor a sentence embedding to learn from; give one with a head.")
+
+
+def distillation_loss(student: Any, teacher: Any, mask: Tensor | None = None) -> Tensor:
+    """How far the student's outputs are from the teacher's.
+
+    1 - cosine for sentence embeddings; for one logit the squared difference; for several KL(teacher || student), for token
+    logits over the real tokens, for span logits over the positions of each row.
+    """
+    ours, theirs = predictions(student).float(), predictions(teacher).float()
+    if "sentence_embedding" in student:
+        return (1 - F.cosine_similarity(ours, theirs, dim=-1)).mean()
+    if "start_logits" in student:
+        assert mask is not None
+        hide = ~mask.bool().unsqueeze(-1)
+        ours, theirs = (x.masked_fill(hide, -1e4).transpose(1, 2).flatten(0, 1) for x in (ours, theirs))
+    elif ours.dim() == 3:
+        assert mask is not None
+        ours, theirs = ours[mask.bool()], theirs[mask.bool()]
+    if ours.shape[-1] == 1:
+        return F.mse_loss(ours, theirs)
+    return F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="batchmean")
+
+
+class Learner(nn.Module):
+    """Model, policy and the stage's losses together, so that a trainer saves, moves and synchronises both.
+
+    forward(**batch) → {"loss", "logits"}; batch is what the model takes, with labels where the stage uses them.
+    """
+
+    def __init__(self, model: Any, stage: Stage, teacher: Any = None) -> None:
+        super().__init__()
+        attachment = attachment_of(model)
+        if stage.distil_weight and teacher is None:
+            teacher = stock_copy(model)
+        self.model = model
+        self.policy = attachment.policy
+        self.stage = stage
+        self._teacher = [teacher]  # in a list: not a submodule, so neither trained nor saved
+        self.takes_features = find_encoder(model) is not model
+
+    def _call(self, model: Any, batch: dict[str, Tensor]) -> Any:
+        return model(batch) if self.takes_features else model(**batch)
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        stage = self.stage
+        if not stage.label_weight:
+            batch = {k: v for k, v in batch.items() if k not in LABELS}
+        with tracing() as traces:
+            outputs = self._call(self.model, dict(batch))
+        said = predictions(outputs)
+        loss = said.new_zeros((), dtype=torch.float32)
+        if stage.label_weight:
+            if outputs.get("loss") is None:
+                raise OptionError(f"The stage {stage.name!r} learns from labels, but the batch has none.")
+            loss = loss + stage.label_weight * outputs["loss"]
+        if stage.distil_weight:
+            loss = loss + stage.distil_weight * self._distil(outputs, batch)
+        if self.policy is not None:
+            auxiliary = self.policy.auxiliary_loss(traces[-1])
+            loss = loss if auxiliary is None else loss + auxiliary
+        return {"loss": loss, "logits": said}
+
+    def _distil(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+        teacher = self._teacher[0]
+        if teacher.device != self.model.device:
+            teacher.to(self.model.device)
+        with torch.no_grad():
+            wanted = self._call(teacher, {k: v for k, v in batch.items() if k not in LABELS})
+        return distillation_loss(outputs, wanted, batch.get("attention_mask"))

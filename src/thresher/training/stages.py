@@ -1,0 +1,121 @@
+"""One stage on transformers.Trainer: accumulation, mixed precision, several GPUs, checkpoints and resuming come with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import torch
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from thresher.errors import OptionError
+from thresher.model import attachment_of
+from thresher.policy import Stage
+from thresher.training.learner import Learner
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+class _StageTrainer(Trainer):
+    """Trainer with a learning rate of its own for the policy's parameters."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            learner: Learner = self.model  # type: ignore[assignment]
+            stage = learner.stage
+            decayed = set(self.get_decay_parameter_names(learner))
+            groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+            for name, parameter in learner.named_parameters():
+                if not parameter.requires_grad:
+                    continue
+                own = name.startswith("policy.")
+                rate = stage.policy_learning_rate if own else stage.learning_rate
+                decay = stage.weight_decay if name in decayed and not own else 0.0
+                groups.setdefault((rate or 0.0, decay), []).append(parameter)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, learner)
+            self.optimizer = kind(
+                [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()], **options
+            )
+        return self.optimizer
+
+
+def bfloat16_is_fast() -> bool:
+    """Whether this machine multiplies bfloat16 natively (a GPU that can, or AVX-512 BF16 / AMX)."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def run_stage(
+    model: Any,
+    stage: Stage,
+    rows: datasets.Dataset,
+    tokenizer: Any,
+    directory: str | Path,
+    *,
+    teacher: Any = None,
+    seed: int = 0,
+    precision: Precision = "auto",
+    progress: bool = True,
+    resume: bool = True,
+    **arguments: Any,
+) -> dict[str, float]:
+    """Train an attached model through one stage, in place. Returns the trainer's own metrics.
+
+    rows: encoded rows (input_ids, attention_mask, ... and labels where the stage uses them), unpadded.
+    directory: checkpoints go here; a run that was interrupted goes on from the last one when `resume`.
+    teacher: the stock model for distillation; by default a copy of the model as it is now.
+    arguments: anything else transformers.TrainingArguments takes (gradient_accumulation_steps, max_steps, ...).
+    Raises OptionError when the stage needs labels that the rows lack.
+    """
+    if stage.label_weight and "labels" not in rows.column_names and "start_positions" not in rows.column_names:
+        raise OptionError(
+            f"The stage {stage.name!r} learns from labels and these rows have none; give labels, or distil (no labels needed)."
+        )
+    policy = attachment_of(model).policy
+    learner = Learner(model, stage, teacher)
+    frozen = []
+    if policy is not None:
+        policy.mode = stage.mode
+        if stage.policy_learning_rate is None:
+            frozen = [p for p in policy.parameters() if p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    options = {
+        "output_dir": str(directory),
+        "num_train_epochs": stage.epochs,
+        "learning_rate": stage.learning_rate,
+        "per_device_train_batch_size": stage.batch_size,
+        "warmup_steps": stage.warmup,
+        "weight_decay": stage.weight_decay,
+        "bf16": precision == "bfloat16" or (precision == "auto" and bfloat16_is_fast()),
+        "use_cpu": not torch.cuda.is_available(),
+        "save_strategy": "steps",
+        "save_steps": 500,
+        "save_total_limit": 1,
+        "logging_steps": 50,
+        "report_to": [],
+        "seed": seed,
+        "disable_tqdm": not progress,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "log_level": "error",
+    }
+    trainer = _StageTrainer(
+        learner,
+        TrainingArguments(**{**options, **arguments}),
+        train_dataset=rows,
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
+    last = get_last_checkpoint(str(directory)) if resume and Path(directory).is_dir() else None
+    try:
+        result = trainer.train(resume_from_checkpoint=last)
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        if policy is not None:
+            policy.mode = "hard"
+        model.eval()
+    return dict(result.metrics)
