@@ -91,7 +91,10 @@ def main() -> None:
     trainer.save_model(str(args.out))
     tokenizer.save_pretrained(str(args.out))
     (args.out / "start.json").write_text(
-        json.dumps({"data": args.name, "examples": len(train), "epochs": epochs, "seed": args.seed, "held_out": measured}, indent=1)
+        json.dumps(
+            {"data": args.name, "examples": len(train), "epochs": epochs, "seed": args.seed, "held_out": measured},
+            indent=1,
+        )
     )
     print(json.dumps(measured))
 

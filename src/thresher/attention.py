@@ -43,9 +43,11 @@ NOTHING = Wanted()
 class Evidence:
     """What one layer's attention says about its tokens; A_h[i, j] is the probability query i of head h puts on key j.
 
-    mass: [T], mean over heads and real queries of A_h[i, j]; sums to 1 over a row (the AM score of PoWER-BERT, LAT and LTP).
+    mass: [T], mean over heads and real queries of A_h[i, j]; sums to 1 over a row (the AM score of PoWER-BERT, LAT and
+    LTP).
     diagonal: [T], mean over heads of A_h[j, j]; `mass_off_diagonal` leaves it out, as PoWER-BERT does.
-    by_segment: [T, 2], the mass received from queries of segment 0 and of segment 1, each a mean over that segment's queries
+    by_segment: [T, 2], the mass received from queries of segment 0 and of segment 1, each a mean over that segment's
+    queries
         (zero where a row has none).
     blocks: [sum of ceil(n / b), H, b, b], diagonal blocks row after row, zero beyond a row's end.
     full: one [H, n, n] for each row.
@@ -59,7 +61,8 @@ class Evidence:
 
     def mass_off_diagonal(self, tokens: PackedTokens) -> Tensor:
         """[T], mass without the query i = j (still divided by the number of all real queries)."""
-        assert self.mass is not None and self.diagonal is not None
+        assert self.mass is not None
+        assert self.diagonal is not None
         queries = tokens.lengths[tokens.layout.rows].to(self.mass.dtype)
         return self.mass - self.diagonal / queries
 

@@ -43,8 +43,10 @@ def calibrate(
     """Set the attached policy's strength so that a target holds on `rows` (encoded validation rows); save keeps it.
 
     speedup: FLOPs ratio to reach, within `tolerance`; no labels needed. max_loss: the most that `quality` may fall
-        (0.01 = one point of accuracy) below the packed model that drops nothing; the fastest setting that holds is taken.
-    quality: from predictions [n, ...] in row order to a number, higher is better; without it, agreement with the undropped
+        (0.01 = one point of accuracy) below the packed model that drops nothing; the fastest setting that holds is
+        taken.
+    quality: from predictions [n, ...] in row order to a number, higher is better; without it, agreement with the
+    undropped
         model's answers (class predictions; for one value 1 - normalised squared difference).
     Raises TargetError, naming the nearest that can be had, when the target cannot be met; the model is then unchanged.
     """
@@ -106,7 +108,7 @@ def _to_speedup(search: _Search, target: float, tolerance: float) -> tuple[float
         if high > STRONGEST:
             best = max(run.speedup for run in search.seen.values())
             raise TargetError(
-                f"No setting reaches a FLOPs speedup of {target:.2f}x on these rows; the most this method reaches is {best:.2f}x."
+                f"No setting reaches a FLOPs speedup of {target:.2f}x on these rows; this method reaches {best:.2f}x at most."
             )
     for _ in range(20):
         ratio = search.at(high).speedup / target

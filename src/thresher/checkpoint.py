@@ -53,7 +53,9 @@ def write(
         }
         (staging / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         target.mkdir(exist_ok=True)
-        for file in sorted(staging.iterdir(), key=lambda f: f.name == SETTINGS):  # the settings last: they vouch for the rest
+        for file in sorted(
+            staging.iterdir(), key=lambda f: f.name == SETTINGS
+        ):  # the settings last: they vouch for the rest
             os.replace(file, target / file.name)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"Could not write the model to {target}: {error}; nothing was changed there.") from error
@@ -133,9 +135,13 @@ def read(directory: Any) -> Saved:
         )
     weights = path / WEIGHTS
     if not weights.is_file():
-        raise CheckpointError(f"{path} has {SETTINGS} but no {WEIGHTS}; copy the whole directory or save the model again.")
+        raise CheckpointError(
+            f"{path} has {SETTINGS} but no {WEIGHTS}; copy the whole directory or save the model again."
+        )
     if _sha256(weights) != digest:
-        raise CheckpointError(f"{weights} is not the file that {SETTINGS} was written with (checksum differs); save the model again.")
+        raise CheckpointError(
+            f"{weights} is not the file that {SETTINGS} was written with (checksum differs); save the model again."
+        )
     try:
         config = None if method is None else config_class(method).from_dict(values)
     except (OptionError, TypeError) as error:

@@ -49,9 +49,11 @@ def attach(model: ModelT, policy: PolicyConfig | str | None = None) -> ModelT:
     """Make `model` run packed and, with a policy, read less. In place; the same object comes back.
 
     model: a Hugging Face encoder with or without a head, a SentenceTransformer or a CrossEncoder.
-    policy: a method's configuration, e.g. AttentionMass(retention=(.8, .6, .45, .3, .2, .1)), or a method's name for its
+    policy: a method's configuration, e.g. AttentionMass(retention=(.8, .6, .45, .3, .2, .1)), or a method's name for
+    its
         defaults. None: packed, nothing dropped. Attaching again replaces the policy.
-    Raises UnsupportedModelError for a family that cannot be entered, OptionError for a policy that does not fit the model.
+    Raises UnsupportedModelError for a family that cannot be entered, OptionError for a policy that does not fit the
+    model.
     """
     encoder = find_encoder(model)
     entrance = enter(encoder)
@@ -188,7 +190,7 @@ def _outputs(model: Any, inputs: Any) -> dict[str, Tensor]:
     for name, value in outputs.items():
         if isinstance(value, Tensor):
             per_token = mask is not None and value.shape[:2] == mask.shape
-            found[name] = value[mask.bool()] if per_token else value
+            found[name] = value[mask.bool()] if mask is not None and per_token else value
     return found
 
 

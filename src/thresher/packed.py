@@ -204,8 +204,8 @@ class PackedTokens:
     def restore(self, fill: Fill, mask: Tensor | None = None) -> Tensor:
         """Unpack to [B, N, D].
 
-        fill: what a dropped position holds. "carry" its own last state, "mean" the mean of its row's kept tokens (so that a
-        mean-pooling head averages the kept tokens only), "zero" nothing. Padding is zero.
+        fill: what a dropped position holds. "carry" its own last state, "mean" the mean of its row's kept tokens (so
+        that a mean-pooling head averages the kept tokens only), "zero" nothing. Padding is zero.
         mask: [B, N], the real tokens; needed by "mean".
         """
         tokens = self.gather()

@@ -45,7 +45,8 @@ class PolicyConfig:
 
     protect_segments: segments of which no token may be dropped, e.g. (0,) for the question in extractive QA.
     protect_ids: token ids that may not be dropped, e.g. the separators. The first token always stays.
-    strength: the one knob that calibration turns. 0 keeps everything, 1 is the configuration as written, larger reads less.
+    strength: the one knob that calibration turns. 0 keeps everything, 1 is the configuration as written, larger reads
+    less.
     """
 
     method: ClassVar[str] = ""
@@ -68,7 +69,8 @@ class PolicyConfig:
         for name in values:
             if name not in known:
                 raise OptionError(f"The method {cls.method!r} has no setting {name!r}{nearest(name, known)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**settings)
 
     def replace(self, **changes: Any) -> Self:
         return dataclasses.replace(self, **changes)
@@ -128,6 +130,7 @@ def new_trace() -> Trace:
         sink[0].append(trace)
     return trace
 
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One training stage of a method; every setting can be overridden.
@@ -135,7 +138,8 @@ class Stage:
     mode: how the policy acts: "off" (plain model), "soft" (differentiable), "hard" (tokens really drop).
     epochs, learning_rate, batch_size, warmup (share of the steps), weight_decay: as in transformers.
     policy_learning_rate: for the policy's own parameters; None leaves them fixed.
-    label_weight, distil_weight: weights of the task's loss and of what the stock model says (KL on logits, cosine on embeddings).
+    label_weight, distil_weight: weights of the task's loss and of what the stock model says (KL on logits, cosine on
+    embeddings).
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""How Thresher enters an encoder without copying its code: one general entrance, and a short file for each family that needs more."""
+"""How Thresher enters an encoder without copying its code: one general entrance, a short file where a family needs more."""
 
 from __future__ import annotations
 

@@ -19,9 +19,9 @@ class Entrance:
     """Where the engine enters a model.
 
     base: the module whose call is one pass. layers: the distinct layer modules. calls: how often layers run in a pass
-    (ALBERT calls one layer many times). midpoints: for each distinct layer, the module whose output the feed-forward reads and
-    which may be shortened (post-norm families), or None. tail: a module after the last layer that works token by
-    token; unpacking waits for it. fill: what the model's head wants to find in a dropped token's place.
+    (ALBERT calls one layer many times). midpoints: for each distinct layer, the module whose output the feed-forward
+    reads and which may be shortened (post-norm families), or None. tail: a module after the last layer that works
+    token by token; unpacking waits for it. fill: what the model's head wants to find in a dropped token's place.
     segment_end: the id that closes a segment in families without token types, or None.
     """
 

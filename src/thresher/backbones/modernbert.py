@@ -1,4 +1,4 @@
-"""ModernBERT: pre-norm (no drop point before the feed-forward), and a norm after the last layer that still works token by token."""
+"""ModernBERT: pre-norm (no drop point before the feed-forward), and a token-wise norm after the last layer."""
 
 from __future__ import annotations
 

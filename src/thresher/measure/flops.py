@@ -1,7 +1,7 @@
 """Analytic FLOPs from what a pass really read. A multiply-add is 2 FLOPs; embeddings and heads are left out on both sides.
 
-One layer that attends over n tokens and feeds m forward: 8 n d^2 (four projections) + 4 n^2 d (scores and context) + 4 m d i
-(feed-forward of width i; 6 m d i when gated), plus the method's own work.
+One layer that attends over n tokens and feeds m forward: 8 n d^2 (four projections) + 4 n^2 d (scores and context) + 4
+m d i (feed-forward of width i; 6 m d i when gated), plus the method's own work.
 """
 
 from __future__ import annotations

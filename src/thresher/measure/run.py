@@ -34,7 +34,9 @@ def batches(rows: datasets.Dataset, size: int) -> list[list[int]]:
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def collate(rows: datasets.Dataset, index: list[int], pad_id: int, device: torch.device | None = None) -> dict[str, torch.Tensor]:
+def collate(
+    rows: datasets.Dataset, index: list[int], pad_id: int, device: torch.device | None = None
+) -> dict[str, torch.Tensor]:
     """The rows at `index` as padded tensors [B, N] of the model's inputs."""
     picked = rows[index]
     width = max(len(ids) for ids in picked["input_ids"])
@@ -56,7 +58,8 @@ def run(
 ) -> Run:
     """Predictions of `model` for every row, in eval mode.
 
-    rows: encoded rows with input_ids and attention_mask. predict: from (model, batch) to [B, ...]; the logits by default.
+    rows: encoded rows with input_ids and attention_mask. predict: from (model, batch) to [B, ...]; the logits by
+    default.
     on_batch: called with the number of rows just done (progress bars).
     """
     encoder = find_encoder(model)

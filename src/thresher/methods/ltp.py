@@ -1,8 +1,9 @@
 """Learned Token Pruning (Kim et al., KDD 2022), and the two threshold rules it is compared with.
 
-A token is dropped at layer l when the attention mass it receives is below a threshold of that layer. Thresholds are learned in a soft
-stage: the layer's output is multiplied by sigmoid((s - theta_l) / T), and the mean of that mask is a loss. Then they are
-fixed, tokens really drop, and the model trains on.
+A token is dropped at layer l when the attention mass it receives is below a threshold of that layer. Thresholds are
+learned in a soft
+stage: the layer's output is multiplied by sigmoid((s - theta_l) / T), and the mean of that mask is a loss. Then they
+are fixed, tokens really drop, and the model trains on.
 """
 
 from __future__ import annotations
@@ -76,6 +77,11 @@ class ThresholdPolicy(Policy[Thresholds]):
         super().__init__(config, geometry)
         depth = torch.arange(1, geometry.layers + 1, dtype=torch.float32) / geometry.layers
         start = torch.full_like(depth, config.threshold) if config.relative else config.threshold * depth
+        self.theta: Tensor
+        self.set_thresholds(start)
+
+    def set_thresholds(self, start: Tensor) -> None:
+        """start: [L], the threshold of each layer."""
         self.register_buffer("theta", start, persistent=False)
 
     def wants(self, layer: int) -> Wanted:
@@ -96,10 +102,7 @@ class LTPPolicy(ThresholdPolicy):
 
     config: LTP
 
-    def __init__(self, config: LTP, geometry: Geometry) -> None:
-        super().__init__(config, geometry)
-        start = self.theta
-        del self.theta
+    def set_thresholds(self, start: Tensor) -> None:
         self.theta = nn.Parameter(start)
 
     def act(self, point: Point, layer: int, tokens: PackedTokens, evidence: Evidence, trace: Trace) -> PackedTokens:

@@ -1,8 +1,8 @@
 """Retention configurations: each layer keeps a given fraction of the row's own length. Training-free.
 
-The score is attention mass (PoWER-BERT's and LAT's significance), or a baseline that any score has to beat. Tokens drop after
-attention's residual and norm, before the feed-forward of the same layer. SpAtten's cascade top-k is here too: it is a retention
-configuration with a rule of its own for the fractions.
+The score is attention mass (PoWER-BERT's and LAT's significance), or a baseline that any score has to beat. Tokens
+drop after attention's residual and norm, before the feed-forward of the same layer. SpAtten's cascade top-k is here
+too: it is a retention configuration with a rule of its own for the fractions.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ DEFAULT_CURVE = (0.8, 0.6, 0.45, 0.3, 0.2, 0.1)
 
 @dataclass(frozen=True, kw_only=True)
 class Retention(PolicyConfig):
-    """retention: the fraction of its original length that a row keeps after each layer, never rising, one for each layer. None: a
-    curve that falls to a tenth. strength raises every fraction to that power.
+    """retention: the fraction of its original length that a row keeps after each layer; one for each layer, never rising.
+
+    None: a curve that falls to a tenth. strength raises every fraction to that power.
     """
 
     retention: tuple[float, ...] | None = None
@@ -94,8 +95,9 @@ class LastTokens(Retention):
 
 @dataclass(frozen=True, kw_only=True)
 class CascadeTopK(Retention):
-    """SpAtten's cascade, a baseline of the LTP paper: the first ceil(.15 L) layers keep everything, then the kept fraction falls in
-    a straight line to `keep_rate` at the last layer. strength raises keep_rate to that power.
+    """SpAtten's cascade, a baseline of the LTP paper: a straight line down to `keep_rate` at the last layer.
+
+    The first ceil(.15 L) layers keep everything. strength raises keep_rate to that power.
     """
 
     method: ClassVar[str] = "cascade-top-k"

@@ -13,7 +13,7 @@ import datasets
 from thresher import checkpoint
 from thresher.calibrate import Calibration, Quality, calibrate
 from thresher.errors import OptionError, nearest
-from thresher.model import attach, attachment_of, find_encoder, is_attached, policy_of, save, set_config
+from thresher.model import attach, find_encoder, policy_of, save, set_config
 from thresher.policy import PolicyConfig, Stage
 from thresher.training.learner import stock_copy
 from thresher.training.stages import run_stage
@@ -42,10 +42,12 @@ def fit(
     """Train `model` with a method and save it to `directory`; the model comes back attached, in eval mode.
 
     model: a Hugging Face encoder with its task head, or a SentenceTransformer. rows, validation: encoded rows.
-    speedup / max_loss: the target, met on `validation` (see calibrate): before tokens first drop in training, and at the end.
+    speedup / max_loss: the target, met on `validation` (see calibrate): before tokens first drop in training, and at
+    the end.
     fine_tune: begin with ordinary fine-tuning, for a model whose head is new.
-    stages: instead of the method's own. overrides: settings for every stage ({"epochs": 2}) or one ({"soft.learning_rate": 1e-4}).
-    A run that was interrupted goes on where it stopped when called again with the same directory.
+    stages: instead of the method's own. overrides: settings for every stage ({"epochs": 2}) or one
+    ({"soft.learning_rate": 1e-4}). A run that was interrupted goes on where it stopped when called again with the same
+    directory.
     """
     work = Path(directory) / "training"
     attach(model, policy)

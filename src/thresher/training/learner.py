@@ -39,8 +39,8 @@ def predictions(outputs: Any) -> Tensor:
 def distillation_loss(student: Any, teacher: Any, mask: Tensor | None = None) -> Tensor:
     """How far the student's outputs are from the teacher's.
 
-    1 - cosine for sentence embeddings; for one logit the squared difference; for several KL(teacher || student), for token
-    logits over the real tokens, for span logits over the positions of each row.
+    1 - cosine for sentence embeddings; for one logit the squared difference; for several KL(teacher || student), for
+    token logits over the real tokens, for span logits over the positions of each row.
     """
     ours, theirs = predictions(student).float(), predictions(teacher).float()
     if "sentence_embedding" in student:

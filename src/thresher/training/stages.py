@@ -34,7 +34,7 @@ class _StageTrainer(Trainer):
                 rate = stage.policy_learning_rate if own else stage.learning_rate
                 decay = stage.weight_decay if name in decayed and not own else 0.0
                 groups.setdefault((rate or 0.0, decay), []).append(parameter)
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, learner)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = kind(
                 [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()], **options
             )
@@ -44,8 +44,8 @@ class _StageTrainer(Trainer):
 def bfloat16_is_fast() -> bool:
     """Whether this machine multiplies bfloat16 natively (a GPU that can, or AVX-512 BF16 / AMX)."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return bool(torch.cuda.is_bf16_supported())
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def run_stage(
