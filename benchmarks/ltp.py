@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=500)
     parser.add_argument("--test", type=int, default=5_000)
     parser.add_argument("--penalty", type=float, default=0.1)
+    parser.add_argument("--temperature", type=float, default=5e-4)
     parser.add_argument("--stage", action="append", default=[], help="e.g. soft.epochs=0.5")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
@@ -73,7 +74,7 @@ def main() -> None:
             baseline = score(task, run_packed(model, test).predictions, test)
         model = fit(
             model,
-            thresher.LTP(penalty=args.penalty),
+            thresher.LTP(penalty=args.penalty, temperature=args.temperature),
             train,
             tokenizer,
             args.out / f"seed-{seed}",
@@ -96,7 +97,7 @@ def main() -> None:
         "examples": len(test),
         "seeds": args.seeds,
         "note": f"MiniLM-L6, {SETTINGS[args.name][3]} tokens; stages on {len(train)} of the start's rows; "
-        f"settings {' '.join(args.stage) or 'default'}, penalty {args.penalty}; calibrated on {len(calibration)} held-out rows",
+        f"settings {' '.join(args.stage) or 'default'}, penalty {args.penalty}, temperature {args.temperature}; calibrated on {len(calibration)} held-out rows",
     }
     target = {"imdb": ">= 2.5", "sst2": ">= 1.5"}[args.name]
     mean = lambda xs: sum(xs) / len(xs)  # noqa: E731

@@ -68,16 +68,16 @@ def calibrate(
             assert max_loss is not None
             packed = run_packed(model, rows, **search.options)
             judge = quality or _agreement(packed.predictions)
-            baseline = judge(packed.predictions)
+            baseline = float(judge(packed.predictions))
             found = _to_loss(search, judge, baseline - max_loss)
     except BaseException:
         set_config(model, before)
         raise
     strength, result = found
     set_config(model, before.replace(strength=strength))
-    value = quality(result.predictions) if quality else None
+    value = float(quality(result.predictions)) if quality else None
     if max_loss is not None:
-        value = judge(result.predictions)
+        value = float(judge(result.predictions))
     calibration = Calibration(strength, result.speedup, value, baseline)
     attachment_of(model).notes["calibration"] = {
         "target": {"speedup": speedup} if speedup is not None else {"max_loss": max_loss},
@@ -136,9 +136,9 @@ def _to_loss(search: _Search, quality: Quality, floor: float) -> tuple[float, Ru
             low, high = (middle, high) if holds(middle) else (low, middle)
     else:
         low = high
-    if low == 0.0:
-        tried = [(quality(r.predictions), r.speedup) for s, r in search.seen.items() if s > 0]
-        best, ratio = max(tried)
+    if low == 0.0 or search.at(low).speedup <= 1.0:  # a strength so small that nothing drops is no setting
+        tried = [(quality(r.predictions), r.speedup) for r in search.seen.values() if r.speedup > 1.0]
+        best, ratio = max(tried, default=(floor, 1.0))
         raise TargetError(
             f"No setting that drops anything stays at {floor:.4f} or above on these rows; the nearest has {best:.4f} at "
             f"{ratio:.2f}x. Train the method first (thresher fit), or allow a larger loss."

@@ -125,6 +125,15 @@ def read(directory: Any) -> Saved:
         version = settings["format"]
         method, values = settings["method"], settings["config"]
         model_class, outer, digest = settings["model_class"], settings["outer"], settings["weights_sha256"]
+        notes = settings.get("notes", {})
+        for name, value, kind in (
+            ("config", values, dict),
+            ("model_class", model_class, str),
+            ("outer", outer, str),
+            ("notes", notes, dict),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} is {value!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{file} is corrupted ({type(error).__name__}: {error}); save the model again."
@@ -146,7 +155,7 @@ def read(directory: Any) -> Saved:
         config = None if method is None else config_class(method).from_dict(values)
     except (OptionError, TypeError) as error:
         raise CheckpointError(f"{file} is corrupted: {error}") from error
-    return Saved(path, config, model_class, outer, settings.get("notes", {}))
+    return Saved(path, config, model_class, outer, notes)
 
 
 __all__ = ["SETTINGS", "WEIGHTS", "Saved", "mismatch", "read", "write"]

@@ -174,7 +174,7 @@ class Engine:
                     f"{name}=True has no meaning when every layer reads another number of tokens; leave it out, or read what "
                     "was dropped with thresher.tracing(record=True)."
                 )
-        if getattr(base, "gradient_checkpointing", False) and base.training:
+        if base.training and any(getattr(m, "gradient_checkpointing", False) for m in (base, *self.entrance.layers)):
             raise OptionError(
                 "Gradient checkpointing would run the layers a second time without their pass; switch it off (packed "
                 "training needs less memory already)."
@@ -197,13 +197,20 @@ class Engine:
         return Pass(self, mask, segments, self._protected(ids, segments))
 
     def _protected(self, ids: Tensor | None, segments: Tensor | None) -> Tensor | None:
-        if self.policy is None:
+        if self.policy is None or self.policy.mode == "off" or _keeping.get():
             return None
         config = self.policy.config
         protected = None
-        if config.protect_ids and ids is not None:
+        if config.protect_ids:
+            if ids is None:
+                raise OptionError("protect_ids needs input_ids; this call gives inputs_embeds, which name no tokens.")
             protected = torch.isin(ids, torch.tensor(config.protect_ids, device=ids.device))
-        if config.protect_segments and segments is not None:
+        if config.protect_segments:
+            if segments is None:
+                raise OptionError(
+                    "protect_segments needs token_type_ids, which this call does not give (DistilBERT has none); pass "
+                    "them, or protect tokens by protect_ids."
+                )
             inside = torch.isin(segments, torch.tensor(config.protect_segments, device=segments.device))
             protected = inside if protected is None else protected | inside
         return protected

@@ -140,6 +140,7 @@ class Stage:
     policy_learning_rate: for the policy's own parameters; None leaves them fixed.
     label_weight, distil_weight: weights of the task's loss and of what the stock model says (KL on logits, cosine on
     embeddings).
+    dropout: whether the model's own dropout is on; learning from the stock model goes better without.
     """
 
     name: str
@@ -152,6 +153,7 @@ class Stage:
     weight_decay: float = 0.01
     label_weight: float = 1.0
     distil_weight: float = 0.0
+    dropout: bool = True
 
 
 ConfigT = TypeVar("ConfigT", bound=PolicyConfig)
@@ -184,7 +186,7 @@ class Policy(nn.Module, Generic[ConfigT]):
 
     def stages(self) -> tuple[Stage, ...]:
         """How the method is trained from a fine-tuned model: by default the model learns from its stock self."""
-        return (Stage(name="distil", mode="hard", label_weight=0.0, distil_weight=1.0),)
+        return (Stage(name="distil", mode="hard", label_weight=0.0, distil_weight=1.0, dropout=False),)
 
     def overhead_flops(self, layer: int, n: int) -> int:
         """The method's own work at one layer for a row of n tokens (a multiply-add is 2)."""

@@ -64,7 +64,7 @@ def run(
     """
     encoder = find_encoder(model)
     pad_id = encoder.config.pad_token_id or 0
-    predict = predict or _logits
+    predict = predict or answers
     parts, order, traces = [], [], []
     with evaluating(model), torch.inference_mode():
         for index in batches(rows, batch_size):
@@ -91,5 +91,9 @@ def run_packed(model: Any, rows: datasets.Dataset, **options: Any) -> Run:
     return Run(result.predictions, result.traces, 1.0)
 
 
-def _logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    return model(**batch).logits  # type: ignore[no-any-return]
+def answers(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[B, ...]: the logits of a Hugging Face model, the embeddings of a SentenceTransformer, the scores of a CrossEncoder."""
+    if find_encoder(model) is model:
+        return model(**batch).logits  # type: ignore[no-any-return]
+    outputs = model(dict(batch))
+    return outputs["sentence_embedding" if "sentence_embedding" in outputs else "scores"]  # type: ignore[no-any-return]

@@ -28,13 +28,17 @@ class Retention(PolicyConfig):
     """retention: the fraction of its original length that a row keeps after each layer; one for each layer, never rising.
 
     None: a curve that falls to a tenth. strength raises every fraction to that power.
+    min_tokens: no row is cut below this many tokens, so short queries survive beside long documents.
     """
 
     retention: tuple[float, ...] | None = None
+    min_tokens: int = 1
     score: ClassVar[str] = "attention-mass"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.min_tokens < 1:
+            raise OptionError(f"min_tokens must be at least 1, not {self.min_tokens!r}.")
         if self.retention is None:
             return
         if not self.retention or not all(0.0 < f <= 1.0 for f in self.retention):
@@ -135,4 +139,5 @@ class RetentionPolicy(Policy[Retention]):
     def act(self, point: Point, layer: int, tokens: PackedTokens, evidence: Evidence, trace: Trace) -> PackedTokens:
         if point is not Point.AFTER_ATTENTION or not self._drops_at(layer):
             return tokens
-        return tokens.keep(keep_fraction(self.score(tokens, evidence), tokens, self.fractions[layer - 1]))
+        score, fraction = self.score(tokens, evidence), self.fractions[layer - 1]
+        return tokens.keep(keep_fraction(score, tokens, fraction, self.config.min_tokens))

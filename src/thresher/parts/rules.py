@@ -25,9 +25,9 @@ def ranks(score: Tensor, tokens: PackedTokens) -> Tensor:
     return torch.empty_like(place).index_copy(0, order, place)
 
 
-def keep_fraction(score: Tensor, tokens: PackedTokens, fraction: float) -> Tensor:
-    """[T] bool: the best max(1, round(fraction x original length)) tokens of each row."""
-    count = (tokens.layout.original * fraction).round().clamp(min=1).to(torch.int64)
+def keep_fraction(score: Tensor, tokens: PackedTokens, fraction: float, minimum: int = 1) -> Tensor:
+    """[T] bool: the best max(minimum, round(fraction x original length)) tokens of each row."""
+    count = (tokens.layout.original * fraction).round().clamp(min=minimum).to(torch.int64)
     return ranks(score, tokens) < count[tokens.layout.rows]
 
 

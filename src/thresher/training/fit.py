@@ -13,7 +13,7 @@ import datasets
 from thresher import checkpoint
 from thresher.calibrate import Calibration, Quality, calibrate
 from thresher.errors import OptionError, nearest
-from thresher.model import attach, find_encoder, policy_of, save, set_config
+from thresher.model import attach, attachment_of, find_encoder, policy_of, save, set_config
 from thresher.policy import PolicyConfig, Stage
 from thresher.training.learner import stock_copy
 from thresher.training.stages import run_stage
@@ -37,6 +37,7 @@ def fit(
     overrides: Mapping[str, Any] | None = None,
     seed: int = 0,
     on_stage: Callable[[Stage], object] | None = None,
+    notes: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> Any:
     """Train `model` with a method and save it to `directory`; the model comes back attached, in eval mode.
@@ -47,25 +48,28 @@ def fit(
     fine_tune: begin with ordinary fine-tuning, for a model whose head is new.
     stages: instead of the method's own. overrides: settings for every stage ({"epochs": 2}) or one
     ({"soft.learning_rate": 1e-4}). A run that was interrupted goes on where it stopped when called again with the same
-    directory.
+    directory. notes: saved with the model (`attachment_of(model).notes`), e.g. what task it was trained for.
+    arguments: anything else run_stage takes.
     """
     work = Path(directory) / "training"
     attach(model, policy)
+    attachment_of(model).notes.update(notes or {})
     plan = stages if stages is not None else policy_of(model).stages()
     if fine_tune:
         plan = (Stage(name="fine-tune", mode="off"), *plan)
     plan = tuple(_override(stage, overrides or {}, plan) for stage in plan)
-    if (speedup is not None or max_loss is not None) and validation is None:
+    targeted = speedup is not None or max_loss is not None
+    if targeted and validation is None:
         raise OptionError("A target needs validation rows to be met on; give validation=.")
     teacher = None
     for number, stage in enumerate(plan, start=1):
         done = work / f"{number}-{stage.name}" / "done"
+        if stage.distil_weight and teacher is None:  # also when this stage is done: later ones have it
+            teacher = stock_copy(model)
         if done.is_dir():
             _take_over(model, done)
             continue
-        if stage.distil_weight and teacher is None:
-            teacher = stock_copy(_start_of_distillation(model, work, plan))
-        if stage.mode == "hard" and validation is not None and (speedup or max_loss):
+        if stage.mode == "hard" and validation is not None and targeted:
             calibrate(model, validation, speedup=speedup or FIRST_GUESS)
         if on_stage:
             on_stage(stage)
@@ -73,7 +77,7 @@ def fit(
         save(model, done)
         for old in done.parent.glob("checkpoint-*"):
             shutil.rmtree(old, ignore_errors=True)
-    if validation is not None and (speedup or max_loss):
+    if validation is not None and targeted:
         calibrate(model, validation, speedup=speedup, max_loss=max_loss, quality=quality)
     save(model, directory)
     tokenizer.save_pretrained(str(directory))
@@ -102,11 +106,6 @@ def _take_over(model: Any, done: Path) -> None:
     assert saved.config is not None
     set_config(model, saved.config)
     saved.load_policy(policy_of(model))
-
-
-def _start_of_distillation(model: Any, work: Path, plan: tuple[Stage, ...]) -> Any:
-    """The teacher is the stock model: as fine-tuned if this run fine-tunes, else as it was given."""
-    return model
 
 
 __all__ = ["Calibration", "fit"]

@@ -39,12 +39,12 @@ def predictions(outputs: Any) -> Tensor:
 def distillation_loss(student: Any, teacher: Any, mask: Tensor | None = None) -> Tensor:
     """How far the student's outputs are from the teacher's.
 
-    1 - cosine for sentence embeddings; for one logit the squared difference; for several KL(teacher || student), for
+    Sentence embeddings: 1 - cosine, plus what `neighbourhood_loss` says; for one logit the squared difference; for several KL(teacher || student), for
     token logits over the real tokens, for span logits over the positions of each row.
     """
     ours, theirs = predictions(student).float(), predictions(teacher).float()
     if "sentence_embedding" in student:
-        return (1 - F.cosine_similarity(ours, theirs, dim=-1)).mean()
+        return (1 - F.cosine_similarity(ours, theirs, dim=-1)).mean() + neighbourhood_loss(ours, theirs)
     if "start_logits" in student:
         assert mask is not None
         hide = ~mask.bool().unsqueeze(-1)
@@ -55,6 +55,20 @@ def distillation_loss(student: Any, teacher: Any, mask: Tensor | None = None) ->
     if ours.shape[-1] == 1:
         return F.mse_loss(ours, theirs)
     return F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="batchmean")
+
+
+def neighbourhood_loss(ours: Tensor, theirs: Tensor, temperature: float = 0.05) -> Tensor:
+    """How far each embedding's similarities to the others of the batch have moved: what a search ranks by.
+
+    ours, theirs: [B, D]. KL between softmax(theirs_i . theirs_j / temperature) and softmax(ours_i . theirs_j / temperature) over
+    j != i, times the temperature (so that it weighs like a cosine). Zero for a batch of one.
+    """
+    if len(ours) < 2:
+        return ours.new_zeros(())
+    ours, theirs = F.normalize(ours, dim=-1), F.normalize(theirs, dim=-1)
+    own = torch.eye(len(ours), dtype=torch.bool, device=ours.device)
+    wanted, got = ((x @ theirs.T / temperature).masked_fill(own, -1e4).log_softmax(-1) for x in (theirs, ours))
+    return temperature * F.kl_div(got, wanted, log_target=True, reduction="batchmean")
 
 
 class Learner(nn.Module):
@@ -73,6 +87,9 @@ class Learner(nn.Module):
         self.stage = stage
         self._teacher = [teacher]  # in a list: not a submodule, so neither trained nor saved
         self.takes_features = find_encoder(model) is not model
+
+    def train(self, mode: bool = True) -> Learner:
+        return super().train(mode and self.stage.dropout)
 
     def _call(self, model: Any, batch: dict[str, Tensor]) -> Any:
         return model(batch) if self.takes_features else model(**batch)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import torch
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from thresher.errors import OptionError
@@ -60,6 +68,7 @@ def run_stage(
     precision: Precision = "auto",
     progress: bool = True,
     resume: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
     **arguments: Any,
 ) -> dict[str, float]:
     """Train an attached model through one stage, in place. Returns the trainer's own metrics.
@@ -67,6 +76,7 @@ def run_stage(
     rows: encoded rows (input_ids, attention_mask, ... and labels where the stage uses them), unpadded.
     directory: checkpoints go here; a run that was interrupted goes on from the last one when `resume`.
     teacher: the stock model for distillation; by default a copy of the model as it is now.
+    progress: transformers' own bars; callbacks: those of your own, for another display.
     arguments: anything else transformers.TrainingArguments takes (gradient_accumulation_steps, max_steps, ...).
     Raises OptionError when the stage needs labels that the rows lack.
     """
@@ -83,6 +93,8 @@ def run_stage(
             frozen = [p for p in policy.parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
+    per_token = "labels" in rows.column_names and isinstance(rows[0]["labels"], list)
+    collator = DataCollatorForTokenClassification if per_token else DataCollatorWithPadding
     options = {
         "output_dir": str(directory),
         "num_train_epochs": stage.epochs,
@@ -107,8 +119,10 @@ def run_stage(
         learner,
         TrainingArguments(**{**options, **arguments}),
         train_dataset=rows,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=collator(tokenizer),
+        callbacks=list(callbacks),
     )
+    trainer.remove_callback(PrinterCallback)  # it would print to standard output, which belongs to the caller
     last = get_last_checkpoint(str(directory)) if resume and Path(directory).is_dir() else None
     try:
         result = trainer.train(resume_from_checkpoint=last)

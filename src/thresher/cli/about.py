@@ -1,0 +1,117 @@
+"""thresher methods, thresher demo: what there is, and a first look at it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from thresher.cli.options import DATA, OUTPUT, Json, directory_to_write
+from thresher.cli.screen import Result, command, notice
+from thresher.report.console import count, ratio, table
+
+
+@command
+def methods(as_json: Json = False) -> Result:
+    """List the methods with their settings and defaults.
+
+    [bold]thresher methods[/]
+    """
+    from thresher.methods import CONFIGS
+
+    found = [_described(config) for _, config in sorted(CONFIGS.items())]
+    rows = [
+        (
+            one["name"],
+            one["what"],
+            "yes: " + ", ".join(one["stages"]) if one["needs_training"] else "no",
+            " ".join(f"{name}={_value(value)}" for name, value in one["settings"].items()),
+        )
+        for one in found
+    ]
+    shared = ", ".join(f"{name}={_value(value)}" for name, value in _shared().items())
+    return Result(
+        {"methods": found, "shared_settings": _shared()},
+        [
+            table(
+                "Methods",
+                ("name", "what it does", "needs training", "settings (--set)"),
+                rows,
+                f"Every method also takes {shared}; one that needs no training gets better with it.",
+            )
+        ],
+    )
+
+
+@command
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the model goes.", metavar="DIR", rich_help_panel=OUTPUT)] = Path(
+        "thresher-demo"
+    ),
+    seed: Annotated[int, typer.Option(help="For every random choice.", rich_help_panel=DATA)] = 0,
+    as_json: Json = False,
+) -> Result:
+    """Make a small model faster on this machine, without a download, and measure it.
+
+    [bold]thresher demo --out thresher-demo[/]
+    """
+    directory_to_write(out)
+
+    from thresher.demo import run_demo
+
+    found = run_demo(out, seed=seed, on_step=notice)
+    numbers = found.numbers()
+    sides = {"stock": found.stock, "training-free": found.training_free, "thresher": found.thresher}
+    quality = [(name, *(f"{side[name]:.4f}" for side in sides.values())) for name in found.stock]
+    return Result(
+        {"directory": str(out), **numbers},
+        [
+            table(
+                f"Search in {count(found.documents)} sections of {found.tokens:.0f} tokens, {count(found.queries)} queries",
+                ("", *sides),
+                quality,
+            ),
+            table(
+                "Speedup",
+                ("FLOPs", "measured", "padding only", "together"),
+                [[ratio(r) for r in (found.flops_ratio, found.measured_ratio, found.padding_ratio, found.total_ratio)]],
+                "measured: packed / thresher. padding only: stock padded / packed.",
+            ),
+            f"The model is in {out / 'model'}.",
+            f'Next: thresher explain {out / "model"} --text "…"',
+        ],
+    )
+
+
+def _shared() -> dict[str, Any]:
+    from thresher.policy import PolicyConfig
+
+    return {field.name: field.default for field in dataclasses.fields(PolicyConfig)}
+
+
+def _described(config: Any) -> dict[str, Any]:
+    from thresher.methods import build
+    from thresher.policy import Geometry
+
+    # A policy that has parameters has something to learn; the sizes do not matter to that.
+    policy = build(config(), Geometry(layers=6, hidden=8, heads=1, intermediate=16))
+    shared = _shared()
+    return {
+        "name": config.method,
+        "what": _first_sentence(config.__doc__ or ""),
+        "needs_training": any(True for _ in policy.parameters()),
+        "stages": [stage.name for stage in policy.stages()],
+        "settings": {f.name: f.default for f in dataclasses.fields(config) if f.name not in shared},
+    }
+
+
+def _first_sentence(doc: str) -> str:
+    paragraph = " ".join(doc.strip().split("\n\n")[0].split())
+    return re.split(r"(?<!\beq)\.\s", paragraph, maxsplit=1)[0].rstrip(".") + "."
+
+
+def _value(value: Any) -> str:
+    return ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)

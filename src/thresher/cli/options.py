@@ -1,0 +1,178 @@
+"""The options that several commands share, and the words on the command line turned into values."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from thresher.errors import OptionError, nearest
+
+TARGET, DATA, METHOD, TRAINING, OUTPUT = "Target (one of them)", "Data", "Method", "Training", "Output"
+
+Kind = Literal["classification", "regression", "embedding"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+DataSource = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA",
+        help="A .jsonl, .json, .csv, .tsv or .parquet file (also .gz), a folder or hub data set with its split "
+        "(imdb:train), or the built-in python-docs.",
+    ),
+]
+ModelDirectory = Annotated[
+    str,
+    typer.Argument(metavar="DIR", help="What thresher fit or save_pretrained wrote; a plain checkpoint drops nothing."),
+]
+Speedup = Annotated[
+    float | None,
+    typer.Option(
+        help="FLOPs of the model that drops nothing, divided by FLOPs spent: 2 is half the work.",
+        metavar="RATIO",
+        rich_help_panel=TARGET,
+    ),
+]
+MaxLoss = Annotated[
+    float | None,
+    typer.Option(
+        help="The most the metric may fall: 0.01 is one point of accuracy. The fastest setting that holds is taken.",
+        metavar="LOSS",
+        rich_help_panel=TARGET,
+    ),
+]
+Column = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A column by another name: text=review, text_pair=answer, label=stars. Repeat for each.",
+        metavar="NAME=COLUMN",
+        rich_help_panel=DATA,
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        help="Use this many rows of DATA, drawn with --seed. Default: all.", metavar="ROWS", rich_help_panel=DATA
+    ),
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens read of a row. Default: as fitted, else what the model reads, at most 512.",
+        metavar="TOKENS",
+        rich_help_panel=DATA,
+    ),
+]
+MethodSetting = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="A setting of the method, such as threshold=.01 or retention=.8,.6,.4 (see thresher methods). Repeat for each.",
+        metavar="NAME=VALUE",
+        rich_help_panel=METHOD,
+    ),
+]
+Seed = Annotated[int, typer.Option(help="For every random choice.", rich_help_panel=DATA)]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows run at a time.", metavar="ROWS", rich_help_panel=OUTPUT)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.", rich_help_panel=OUTPUT)]
+
+
+def one_target(speedup: float | None, max_loss: float | None, *, required: bool) -> None:
+    if speedup is not None and max_loss is not None:
+        raise OptionError("Give one target, --speedup or --max-loss, not both.")
+    if required and speedup is None and max_loss is None:
+        raise OptionError("Give a target: --speedup 2.0, or --max-loss 0.01.")
+    if speedup is not None and not 1.0 <= speedup < float("inf"):
+        raise OptionError(f"--speedup must be at least 1, not {speedup}.")
+    if max_loss is not None and not 0.0 <= max_loss < float("inf"):
+        raise OptionError(f"--max-loss must be at least 0, not {max_loss}.")
+
+
+def assignments(items: Sequence[str] | None, option: str) -> dict[str, str]:
+    """`["a=1"]` as `{"a": "1"}`."""
+    pairs = {}
+    for item in items or ():
+        name, equals, value = item.partition("=")
+        if not (name.strip() and equals and value.strip()):
+            raise OptionError(f"{option} takes NAME=VALUE, not {item!r}.")
+        if name.strip() in pairs:
+            raise OptionError(f"{option} {name.strip()} is given twice.")
+        pairs[name.strip()] = value.strip()
+    return pairs
+
+
+def method_config(method: str, settings: Sequence[str] | None) -> Any:
+    """The configuration of a method with the settings given as `--set name=value`."""
+    from thresher.methods import config_class
+
+    kind = config_class(method)
+    given = assignments(settings, "--set")
+    hints = field_types(kind)
+    return kind.from_dict({name: convert(name, text, hints.get(name, str)) for name, text in given.items()})
+
+
+def stage_overrides(settings: Sequence[str] | None) -> dict[str, Any]:
+    """`--stage epochs=2` and `--stage soft.epochs=2` as `fit` takes them."""
+    from thresher.policy import Stage
+
+    hints = field_types(Stage)
+    hints.pop("name")
+    found = {}
+    for key, text in assignments(settings, "--stage").items():
+        setting = key.rpartition(".")[2]
+        if setting not in hints:
+            raise OptionError(f"A stage has no setting {setting!r}{nearest(setting, hints)}")
+        found[key] = convert(key, text, hints[setting])
+    return found
+
+
+def field_types(kind: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def convert(name: str, text: str, hint: Any) -> Any:
+    """`text` as the type of a dataclass field: a number, a switch, a word, a list of them, or none."""
+    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if types.NoneType in choices and text.lower() == "none":
+        return None
+    kind = next(choice for choice in choices if choice is not types.NoneType)
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        return tuple(convert(name, part.strip(), item) for part in text.strip("()[]").split(",") if part.strip())
+    if typing.get_origin(kind) is Literal:
+        known = typing.get_args(kind)
+        if text not in known:
+            raise OptionError(f"{name} cannot be {text!r}{nearest(text, known)}")
+        return text
+    if kind is bool:
+        switches = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if text.lower() not in switches:
+            raise OptionError(f"{name} takes true or false, not {text!r}.")
+        return switches[text.lower()]
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = {int: "a whole number", float: "a number"}.get(kind, kind.__name__)
+        raise OptionError(f"{name} takes {wanted}, not {text!r}.") from None
+
+
+def directory_to_write(path: Path) -> None:
+    """Fail before the work rather than after it. Raises OSError or OptionError."""
+    if path.exists() and not path.is_dir():
+        raise OptionError(f"{path} is a file; give a directory to write to.")
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / ".thresher-probe"
+    probe.touch()
+    probe.unlink()
+
+
+def file_to_write(path: Path) -> None:
+    if path.is_dir():
+        raise OptionError(f"{path} is a directory; give a file to write to.")
+    directory_to_write(path.parent)

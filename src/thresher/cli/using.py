@@ -1,0 +1,212 @@
+"""thresher predict, thresher explain: answers, and which words they rest on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.text import Text
+
+from thresher.cli.options import (
+    DATA,
+    OUTPUT,
+    BatchSize,
+    Column,
+    Json,
+    MaxLength,
+    ModelDirectory,
+    assignments,
+    file_to_write,
+)
+from thresher.cli.screen import Result, command, progress
+from thresher.errors import OptionError
+from thresher.report.console import count, table
+
+if TYPE_CHECKING:
+    import datasets
+    import numpy as np
+
+    from thresher.cli.data import Work
+    from thresher.report.tokens import TokenMap
+
+SHOWN_TEXT = 60
+
+Texts = Annotated[
+    list[str] | None, typer.Option("--text", help="A text. Repeat for more.", metavar="TEXT", rich_help_panel=DATA)
+]
+Pairs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pair", help="The second text of a pair, one for each --text.", metavar="TEXT", rich_help_panel=DATA
+    ),
+]
+
+
+@command
+def predict(
+    directory: ModelDirectory,
+    data: Annotated[
+        str | None, typer.Argument(metavar="DATA", help="Rows as for fit, labels not needed; or give --text.")
+    ] = None,
+    text: Texts = None,
+    pair: Pairs = None,
+    column: Column = None,
+    max_length: MaxLength = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write one JSON object a row, in order.", metavar="FILE.jsonl", rich_help_panel=OUTPUT),
+    ] = None,
+    batch_size: BatchSize = 32,
+    as_json: Json = False,
+) -> Result:
+    """Answer rows or texts: label and probability, value, or embedding.
+
+    [bold]thresher predict faster --text "A film that never ends."[/]
+    """
+    if (data is None) == (not text):
+        raise OptionError("Give either DATA or --text.")
+    if out is not None:
+        file_to_write(out)
+
+    from thresher.cli.data import read_rows
+    from thresher.cli.models import open_model
+    from thresher.measure.run import run
+    from thresher.report._support import write_whole
+
+    opened = open_model(directory)
+    work = opened.text_work()
+    rows = _given(text, pair) if data is None else read_rows(data, split="test")
+    rows = work.named(rows, assignments(column, "--column"))
+    rows, texts = _without_labels(rows)
+    encoded = work.encode(rows, opened.tokenizer, opened.limit(max_length), labels=False)
+    with progress("predicting", len(rows)) as done:
+        after = run(opened.model, encoded.rows, batch_size=batch_size, on_batch=done)
+    said = _answers(work, after.predictions)
+    if out is not None:
+        write_whole(out, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in said))
+        return Result(
+            {"file": str(out), "rows": len(said), "speedup": after.speedup},
+            [f"Wrote {count(len(said))} answers to {out}."],
+        )
+    shown = [(_short(one), *map(_cell, answer.values())) for one, answer in zip(texts, said, strict=True)]
+    return Result(
+        {"predictions": said, "speedup": after.speedup},
+        [table(f"{count(len(said))} answers", ("text", *said[0]), shown)],
+    )
+
+
+@command
+def explain(
+    directory: ModelDirectory,
+    text: Texts = None,
+    pair: Pairs = None,
+    max_length: MaxLength = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write a page with a slider for the layer.", metavar="FILE", rich_help_panel=OUTPUT),
+    ] = None,
+    as_json: Json = False,
+) -> Result:
+    """Show which words a model stopped reading, and at which layer.
+
+    Without colours, [2:words] are those dropped at layer 2.
+
+    [bold]thresher explain faster --text "Not a dull film at all." --html map.html[/]
+    """
+    if not text:
+        raise OptionError('Give a text to explain: --text "…".')
+    if html is not None:
+        file_to_write(html)
+
+    from thresher.cli.models import open_model
+    from thresher.explain import explain as token_maps
+    from thresher.report._support import write_whole
+    from thresher.report.tokens import to_html
+
+    opened = open_model(directory)
+    rows = _given(text, pair)
+    limit = opened.limit(max_length)
+    # Encoded here as well, for what it says of cut and empty texts.
+    opened.work.encode(rows, opened.tokenizer, limit, labels=False)
+    texts = [tuple(row.values()) for row in rows]
+    maps = token_maps(opened.model, opened.tokenizer, texts, limit)
+    shown: list[RenderableType] = [_Shown(one) for one in maps]
+    if html is not None:
+        write_whole(html, to_html(maps, f"What {directory} read"))
+        shown.append(f"Wrote {html}.")
+    return Result({"maps": [{**asdict(one), "kept": one.kept} for one in maps], "html": html and str(html)}, shown)
+
+
+class _Shown:
+    """A token map: shaded where the console has colours, in brackets where it has none."""
+
+    def __init__(self, token_map: TokenMap) -> None:
+        self.map = token_map
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from thresher.report.tokens import legend, to_plain, to_terminal
+
+        coloured = console.is_terminal and not console.no_color and console.color_system is not None
+        yield to_terminal(self.map) if coloured else Text(to_plain(self.map))
+        answer = f"{self.map.note}; " if self.map.note else ""
+        yield Text(f"{answer}{self.map.kept} of {len(self.map.tokens)} tokens read to the end", style="dim")
+        if coloured:
+            yield legend(self.map.layers)
+        yield Text("")
+
+
+def _given(text: list[str] | None, pair: list[str] | None) -> datasets.Dataset:
+    import datasets
+
+    columns = {"text": [_whole(one) for one in text or ()]}
+    if pair:
+        if len(pair) != len(columns["text"]):
+            raise OptionError(f"Give one --pair for each --text, not {len(pair)} for {len(columns['text'])}.")
+        columns["text_pair"] = [_whole(one) for one in pair]
+    return datasets.Dataset.from_dict(columns)
+
+
+def _whole(text: str) -> str:
+    """A text without the stand-ins for bytes of the command line that are not UTF-8; tokenizers refuse those."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _without_labels(rows: datasets.Dataset) -> tuple[datasets.Dataset, list[str]]:
+    """Rows whose labels, if any, are left unread; and their texts to show."""
+    from thresher.tasks.text import canonical
+
+    rows = canonical(rows)
+    rows = rows.remove_columns([name for name in rows.column_names if name not in ("text", "text_pair")])
+    return rows, [" | ".join(map(str, row.values())) for row in rows]
+
+
+def _answers(work: Work, predictions: np.ndarray) -> list[dict[str, Any]]:
+    import torch
+
+    if work.kind == "embedding":
+        return [{"embedding": row.tolist()} for row in predictions]
+    if work.kind == "regression":
+        return [{"value": float(value)} for value in predictions.reshape(-1)]
+    probabilities = torch.tensor(predictions).softmax(-1)
+    names = work.text.label_names if work.text else None
+    return [
+        {"label": names[number] if names else number, "probability": probability}
+        for probability, number in zip(*(part.tolist() for part in probabilities.max(-1)), strict=True)
+    ]
+
+
+def _short(text: str) -> str:
+    """One line, of characters that a terminal neither obeys nor refuses."""
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+    return text if len(text) <= SHOWN_TEXT else text[: SHOWN_TEXT - 1] + "…"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(f'{x:.3f}' for x in value[:4])}, …] ({len(value)})"
+    return f"{value:.4f}" if isinstance(value, float) else _short(str(value))

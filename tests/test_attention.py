@@ -1,0 +1,335 @@
+"""Attention over a ragged batch, and its evidence, against loops over rows, heads, queries and keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import thresher.attention as attention
+from thresher.attention import Wanted, attend
+from thresher.packed import PackedTokens
+
+HEADS, SIZE = 3, 8
+RAGGED, EQUAL, ONES = (5, 1, 9, 3), (6, 6, 6), (1, 1)
+LENGTHS = [RAGGED, EQUAL, ONES, (7,)]
+
+
+def packed(lengths: Sequence[int], *, simulated: bool = False, gaps: int = 1) -> PackedTokens:
+    """Tokens whose positions are `gaps` apart, the second half of every row in segment 1."""
+    width = max(lengths) * gaps
+    mask = torch.zeros(len(lengths), width, dtype=torch.bool)
+    segments = torch.zeros(len(lengths), width, dtype=torch.int64)
+    for row, n in enumerate(lengths):
+        mask[row, : n * gaps : gaps] = True
+        segments[row, (n // 2) * gaps :] = 1
+    return PackedTokens.pack(torch.zeros(len(lengths), width, 1), mask, segments=segments, simulated=simulated)
+
+
+def qkv(tokens: PackedTokens, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    total = len(tokens.positions)
+    return tuple(torch.randn(HEADS, total, SIZE, generator=generator).to(dtype) for _ in range(3))  # type: ignore[return-value]
+
+
+def naive(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tokens: PackedTokens,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """The context [T, H, d] and each row's probabilities [H, n, n], in float64, one scalar at a time where it matters."""
+    query, key, value = query.double(), key.double(), value.double()
+    scale = scale if scale is not None else SIZE**-0.5
+    positions = tokens.positions.tolist()
+    out, maps, start = [], [], 0
+    for n in tokens.layout.sizes:
+        rows = []
+        context = torch.zeros(n, HEADS, SIZE, dtype=torch.float64)
+        for h in range(HEADS):
+            lines = []
+            for i in range(start, start + n):
+                logits = []
+                for j in range(start, start + n):
+                    logit = (query[h, i] * key[h, j]).sum() * scale
+                    if tokens.log_weight is not None:
+                        logit = logit + tokens.log_weight[j]
+                    if window is not None and abs(positions[i] - positions[j]) > window:
+                        logit = logit * 0 - math.inf
+                    logits.append(logit)
+                line = torch.stack(logits)
+                top = line.max()
+                line = torch.zeros_like(line) if top == -math.inf else (line - top).exp() / (line - top).exp().sum()
+                lines.append(line)
+                context[i - start, h] = line @ value[h, start : start + n]
+            rows.append(torch.stack(lines))
+        maps.append(torch.stack(rows))
+        out.append(context)
+        start += n
+    return torch.cat(out), maps
+
+
+def close(got: Tensor | None, expected: Tensor, tolerance: float = 1e-5) -> None:
+    assert got is not None
+    assert got.shape == expected.shape
+    torch.testing.assert_close(got.double(), expected.double(), rtol=0, atol=tolerance)
+
+
+def weighted(tokens: PackedTokens) -> PackedTokens:
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(len(tokens.positions), generator=generator)
+    return PackedTokens(tokens.hidden, tokens.layout, log_weight=weight)
+
+
+def halved(tokens: PackedTokens) -> PackedTokens:
+    """Every third token but the rows' first dropped."""
+    return tokens.keep(torch.arange(len(tokens.positions)) % 3 != 1)
+
+
+@pytest.mark.parametrize("wanted", [Wanted(), Wanted(mass=True), Wanted(block=4)], ids=["nothing", "mass", "blocks"])
+@pytest.mark.parametrize("window", [None, 2], ids=["global", "window"])
+@pytest.mark.parametrize("weights", [False, True], ids=["plain", "log_weight"])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_context_is_dense_attention_row_by_row(
+    lengths: Sequence[int], weights: bool, window: int | None, wanted: Wanted
+) -> None:
+    tokens = packed(lengths)
+    tokens = weighted(tokens) if weights else tokens
+    q, k, v = qkv(tokens)
+    context, _ = attend(q, k, v, tokens, window=window, wanted=wanted)
+    expected, _ = naive(q, k, v, tokens, window=window)
+    close(context, expected)
+
+
+def test_every_branch_of_the_kernel_choice_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the parametrisation above: it covers the equal-length, the row-by-row and the flash path."""
+    seen = []
+    for name in ("_equal_lengths", "_row_by_row", "_with_blocks"):
+        original = getattr(attention, name)
+
+        def spy(*args: Any, original: Any = original, name: str = name) -> Any:
+            seen.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(attention, name, spy)
+    for lengths, wanted in ((EQUAL, Wanted()), (RAGGED, Wanted()), (RAGGED, Wanted(block=4))):
+        tokens = packed(lengths)
+        attend(*qkv(tokens), tokens, wanted=wanted)
+    assert seen == ["_equal_lengths", "_row_by_row", "_with_blocks"]
+
+
+def test_the_window_counts_original_positions() -> None:
+    tokens = packed((6, 3), gaps=3)
+    q, k, v = qkv(tokens)
+    for window in (2, 3, 7):
+        context, _ = attend(q, k, v, tokens, window=window)
+        close(context, naive(q, k, v, tokens, window=window)[0])
+    alone, _ = attend(q, k, v, tokens, window=2)  # nobody within reach but oneself
+    close(alone, v.transpose(0, 1))
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+def test_the_scale_is_the_callers(scale: float) -> None:
+    for lengths in (EQUAL, RAGGED):
+        tokens = packed(lengths)
+        q, k, v = qkv(tokens)
+        for wanted in (Wanted(), Wanted(mass=True), Wanted(block=4)):
+            close(attend(q, k, v, tokens, scale=scale, wanted=wanted)[0], naive(q, k, v, tokens, scale=scale)[0])
+
+
+@pytest.mark.parametrize("window", [None, 2], ids=["global", "window"])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_a_simulated_drop_computes_what_a_physical_one_does(lengths: Sequence[int], window: int | None) -> None:
+    hidden, gone = halved(packed(lengths, simulated=True)), halved(packed(lengths))
+    q, k, v = qkv(hidden)
+    assert hidden.alive is not None
+    alive = hidden.alive
+    wanted = Wanted(mass=True, diagonal=True, by_segment=True)
+    got, evidence = attend(q, k, v, hidden, window=window, wanted=wanted)
+    expected, there = attend(q[:, alive], k[:, alive], v[:, alive], gone, window=window, wanted=wanted)
+    close(got[alive], expected)
+    assert not got.isnan().any()
+    for name in ("mass", "diagonal", "by_segment"):
+        close(getattr(evidence, name)[alive], getattr(there, name))
+    close(evidence.mass_off_diagonal(hidden)[alive], there.mass_off_diagonal(gone))
+    assert evidence.mass is not None
+    if window is None:
+        assert evidence.mass[~alive].abs().sum() == 0
+    close(attend(q, k, v, hidden, window=window)[0][alive], expected)
+
+
+def test_a_simulated_drop_of_a_whole_window_gives_no_nan_to_anyone() -> None:
+    tokens = packed((9,), simulated=True)
+    keep = torch.tensor([True, False, False, False, False, False, False, False, True])
+    tokens = tokens.keep(keep)
+    q, k, v = (x.requires_grad_() for x in qkv(tokens))
+    context, _ = attend(q, k, v, tokens, window=1)
+    assert not context.isnan().any()
+    context[keep].sum().backward()
+    assert q.grad is not None
+    assert not q.grad.isnan().any()
+
+
+def evidence_by_loops(maps: list[Tensor], tokens: PackedTokens, block: int) -> dict[str, Tensor]:
+    alive = [True] * len(tokens.positions) if tokens.alive is None else tokens.alive.tolist()
+    segments = tokens.segments.tolist()
+    mass, diagonal, off, by_segment, blocks, start = [], [], [], [], [], 0
+    for probabilities in maps:
+        n = probabilities.shape[1]
+        queries = [i for i in range(n) if alive[start + i]]
+        for j in range(n):
+            mean = lambda who, j=j, a=probabilities: (  # noqa: E731
+                sum(float(a[h, i, j]) for h in range(HEADS) for i in who) / (HEADS * max(len(who), 1))
+            )
+            mass.append(mean(queries))
+            diagonal.append(mean([j]))
+            off.append(sum(float(probabilities[h, i, j]) for h in range(HEADS) for i in queries if i != j))
+            off[-1] /= HEADS * len(queries)
+            by_segment.append([mean([i for i in queries if segments[start + i] == s]) for s in (0, 1)])
+        for first in range(0, n, block):
+            tile = torch.zeros(HEADS, block, block, dtype=torch.float64)
+            size = min(block, n - first)
+            tile[:, :size, :size] = probabilities[:, first : first + size, first : first + size]
+            blocks.append(tile)
+        start += n
+    return {
+        "mass": torch.tensor(mass),
+        "diagonal": torch.tensor(diagonal),
+        "off": torch.tensor(off),
+        "by_segment": torch.tensor(by_segment),
+        "blocks": torch.stack(blocks),
+    }
+
+
+@pytest.mark.parametrize("window", [None, 2], ids=["global", "window"])
+@pytest.mark.parametrize("weights", [False, True], ids=["plain", "log_weight"])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_evidence_is_what_loops_count(lengths: Sequence[int], weights: bool, window: int | None) -> None:
+    tokens = packed(lengths)
+    tokens = weighted(tokens) if weights else tokens
+    q, k, v = qkv(tokens, seed=1)
+    everything = Wanted(mass=True, diagonal=True, by_segment=True, block=4, full=True)
+    _, evidence = attend(q, k, v, tokens, window=window, wanted=everything)
+    _, maps = naive(q, k, v, tokens, window=window)
+    expected = evidence_by_loops(maps, tokens, 4)
+    for name in ("mass", "diagonal", "by_segment", "blocks"):
+        close(getattr(evidence, name), expected[name])
+        assert getattr(evidence, name).dtype == torch.float32
+    close(evidence.mass_off_diagonal(tokens), expected["off"])
+    assert evidence.full is not None
+    assert len(evidence.full) == len(lengths)
+    for got, probabilities in zip(evidence.full, maps, strict=True):
+        close(got, probabilities)
+    assert evidence.mass is not None
+    for row in evidence.mass.split(tokens.layout.sizes):
+        assert float(row.sum()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 2, 4, 32])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_blocks_from_the_log_sum_exp_are_the_blocks_of_the_map(lengths: Sequence[int], block: int) -> None:
+    tokens = packed(lengths)
+    q, k, v = qkv(tokens, seed=2)
+    q = q * 4  # far from uniform
+    _, maps = naive(q, k, v, tokens)
+    expected = evidence_by_loops(maps, tokens, block)["blocks"]
+    _, flash = attend(q, k, v, tokens, wanted=Wanted(block=block))
+    _, plain = attend(q, k, v, tokens, wanted=Wanted(block=block, mass=True))
+    _, learning = attend(q.requires_grad_(), k, v, tokens, wanted=Wanted(block=block))
+    for evidence in (flash, plain, learning):
+        close(evidence.blocks, expected)
+    assert flash.mass is None
+    assert plain.mass is not None
+
+
+def test_nothing_wanted_nothing_given() -> None:
+    tokens = packed(RAGGED)
+    _, evidence = attend(*qkv(tokens), tokens)
+    assert evidence.mass is evidence.diagonal is evidence.by_segment is evidence.blocks is evidence.full is None
+    _, evidence = attend(*qkv(tokens), tokens, wanted=Wanted(diagonal=True))
+    assert evidence.diagonal is not None
+    assert evidence.mass is None
+    assert evidence.full is None
+    assert not Wanted()
+    assert Wanted(block=2)
+    assert Wanted(full=True)
+
+
+@pytest.mark.parametrize("wanted", [Wanted(), Wanted(mass=True), Wanted(block=4)], ids=["nothing", "mass", "blocks"])
+@pytest.mark.parametrize("lengths", [RAGGED, EQUAL], ids=str)
+def test_bfloat16_stays_near(lengths: Sequence[int], wanted: Wanted) -> None:
+    tokens = packed(lengths)
+    q, k, v = qkv(tokens, dtype=torch.bfloat16)
+    context, evidence = attend(q, k, v, tokens, wanted=wanted)
+    expected, maps = naive(q, k, v, tokens)
+    assert context.dtype == torch.bfloat16
+    close(context, expected, tolerance=0.03)
+    if wanted.mass:
+        assert evidence.mass is not None
+        assert evidence.mass.dtype == torch.float32
+        close(evidence.mass, evidence_by_loops(maps, tokens, 4)["mass"], tolerance=0.01)
+    if wanted.block:
+        close(evidence.blocks, evidence_by_loops(maps, tokens, 4)["blocks"], tolerance=0.02)
+
+
+@pytest.mark.parametrize("wanted", [Wanted(), Wanted(mass=True), Wanted(block=4)], ids=["nothing", "mass", "blocks"])
+@pytest.mark.parametrize("window", [None, 2], ids=["global", "window"])
+@pytest.mark.parametrize("lengths", [RAGGED, EQUAL], ids=str)
+def test_gradients_are_those_of_dense_attention(lengths: Sequence[int], window: int | None, wanted: Wanted) -> None:
+    tokens = weighted(packed(lengths)) if window else packed(lengths)
+    ours = [x.requires_grad_() for x in qkv(tokens)]
+    theirs = [x.detach().clone().requires_grad_() for x in ours]
+    pull = torch.randn(len(tokens.positions), HEADS, SIZE, generator=torch.Generator().manual_seed(9))
+    context, evidence = attend(*ours, tokens, window=window, wanted=wanted)
+    expected, maps = naive(*theirs, tokens, window=window)
+    loss, reference = (context * pull).sum(), (expected * pull).sum()
+    if wanted.mass:  # evidence teaches too
+        assert evidence.mass is not None
+        loss = loss + (evidence.mass * pull[:, 0, 0]).sum()
+        reference = reference + (torch.cat([a.mean((0, 1)) for a in maps]) * pull[:, 0, 0]).sum()
+    loss.backward()
+    reference.backward()
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.grad is not None
+        assert other.grad is not None
+        close(mine.grad, other.grad, tolerance=2e-5)
+
+
+def test_dropout_is_applied_and_spares_the_evidence() -> None:
+    tokens = packed(RAGGED)
+    q, k, v = qkv(tokens)
+    sure, before = attend(q, k, v, tokens, wanted=Wanted(mass=True))
+    for wanted in (Wanted(), Wanted(mass=True), Wanted(block=4)):
+        torch.manual_seed(3)
+        context, evidence = attend(q, k, v, tokens, dropout=0.5, wanted=wanted)
+        assert float((context - sure).abs().max()) > 0.1
+        if wanted.mass:
+            close(evidence.mass, before.mass)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wanted", [Wanted(), Wanted(mass=True, diagonal=True), Wanted(block=4)], ids=str)
+@pytest.mark.parametrize("lengths", [RAGGED, EQUAL], ids=str)
+def test_a_row_does_not_know_its_batch_mates(lengths: Sequence[int], wanted: Wanted) -> None:
+    tokens = packed(lengths)
+    q, k, v = qkv(tokens)
+    context, evidence = attend(q, k, v, tokens, wanted=wanted)
+    at, block_at = 0, 0
+    for n in lengths:
+        own = packed((n,))
+        here = slice(at, at + n)
+        alone, said = attend(q[:, here], k[:, here], v[:, here], own, wanted=wanted)
+        close(context[here], alone, tolerance=1e-6)
+        for name in ("mass", "diagonal"):
+            if getattr(said, name) is not None:
+                close(getattr(evidence, name)[here], getattr(said, name), tolerance=1e-6)
+        if said.blocks is not None and evidence.blocks is not None:
+            close(evidence.blocks[block_at : block_at + len(said.blocks)], said.blocks, tolerance=1e-6)
+            block_at += len(said.blocks)
+        at += n

@@ -1,0 +1,501 @@
+"""The command line: every command on a tiny model, and every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from typer.testing import CliRunner, Result
+
+import thresher
+from helpers import build, config_of, tokenizer
+from thresher.cli import app
+from thresher.cli.options import convert
+from thresher.errors import OptionError
+from thresher.model import attachment_of
+from thresher.training import stages
+
+COMMANDS = ("fit", "calibrate", "evaluate", "bench", "predict", "explain", "methods", "demo")
+QUICK = ("--stage", "epochs=1", "--stage", "batch_size=32", "--precision", "float32")
+WORDS = [f"w{i}" for i in range(5, 64)]
+
+
+def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def synthetic(count: int = 40, **renamed: str) -> list[dict[str, Any]]:
+    """Texts whose class is whether the first word is odd."""
+    draw = random.Random(0)
+    rows = []
+    for _ in range(count):
+        words = draw.choices(WORDS, k=draw.randint(6, 20))
+        rows.append(
+            {renamed.get("text", "text"): " ".join(words), renamed.get("label", "label"): int(words[0][1:]) % 2}
+        )
+    return rows
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of every kind, the rows they are used on, and one model that was fitted."""
+    root = tmp_path_factory.mktemp("cli")
+    heads = {"clf": ("sequence", 2), "value": ("sequence", 1), "base": ("base", 2), "qa": ("question-answering", 2)}
+    for name, (head, labels) in heads.items():
+        build(config_of("bert", 2, num_labels=labels), head).save_pretrained(root / name)
+        tokenizer().save_pretrained(root / name)
+    decoder = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=1, n_positions=32, num_labels=2)
+    transformers.GPT2ForSequenceClassification(decoder).save_pretrained(root / "gpt")
+    tokenizer().save_pretrained(root / "gpt")
+    write_rows(root / "rows.jsonl", synthetic())
+    done = call("fit", root / "base", root / "rows.jsonl", "--out", root / "fitted", "--speedup", 1.3, *QUICK,
+                "--method", "attention-mass", "--validation", root / "rows.jsonl", "--json")  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    (root / "fitted.json").write_text(done.stdout)
+    return root
+
+
+def call(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words], env={"HF_HUB_OFFLINE": "1", "COLUMNS": "200"})
+
+
+def ok(*words: object) -> Any:
+    """The JSON a command prints; standard output must hold nothing else."""
+    done = call(*words, "--json")
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def fails(*words: object, match: str, status: int = 2) -> str:
+    """One sentence on standard error, nothing on standard output, no traceback."""
+    done = call(*words)
+    assert (done.exit_code, done.stdout) == (status, ""), done.output
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("Error: ")
+    assert re.search(match, last), last
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+# --- help ------------------------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_command_and_no_words_give_help() -> None:
+    text = call("--help").stdout
+    assert all(name in text for name in COMMANDS)
+    assert "Make a model faster" in call().output
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_has_an_example_and_json(name: str) -> None:
+    text = call(name, "--help").stdout
+    assert f"thresher {name}" in text
+    assert "--json" in text
+
+
+def test_version() -> None:
+    assert call("--version").stdout.strip() == f"thresher {thresher.__version__}"
+
+
+# --- fit -------------------------------------------------------------------------------------------------------------
+
+
+def test_fit_reports_and_saves(place: Path) -> None:
+    said = json.loads((place / "fitted.json").read_text())
+    assert said["speedup"] == pytest.approx(1.3, rel=0.02)
+    assert (said["rows"], said["validation_rows"], said["method"]) == (40, 40, "attention-mass")
+    assert set(said["stock"]) == set(said["thresher"]) == {"accuracy", "f1", "matthews", "agreement"}
+    model = thresher.load(place / "fitted")
+    noted = attachment_of(model).notes["task"]
+    assert noted == {"kind": "classification", "label_names": None, "num_labels": 2, "pair": False, "columns": {},
+                     "max_length": None, "metric": "accuracy"}  # fmt: skip
+    assert thresher.policy_of(model).config.strength == said["strength"]
+    assert not (place / "fitted" / "training").exists()
+    assert transformers.AutoModelForSequenceClassification.from_pretrained(place / "fitted").num_labels == 2
+
+
+def test_fit_with_other_columns_and_named_labels(place: Path, tmp_path: Path) -> None:
+    rows = [{**row, "verdict": ("even", "odd")[row.pop("label")]} for row in synthetic(text="words")]
+    data = write_rows(tmp_path / "train.jsonl", rows)
+    out = tmp_path / "out"
+    done = call("fit", place / "base", data, "--out", out, "--column", "text=words", "--column", "label=verdict",
+                "--set", "threshold=.05", "--metric", "f1", "--max-length", 16, "--limit", 30, *QUICK)  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    assert "3 of the 30 rows are held out" in done.stderr
+    assert "were cut" in done.stderr
+    assert "stage fine-tune" in done.stderr
+    assert f"thresher bench {out}" in done.stdout
+    model = thresher.load(out)
+    assert model.config.id2label == {0: "even", 1: "odd"}
+    assert attachment_of(model).notes["task"]["columns"] == {"text": "words", "label": "verdict"}
+    assert thresher.policy_of(model).config.threshold == 0.05
+    # Later commands need no options, and answer with names.
+    assert ok("evaluate", out, data)["rows"] == 40
+    assert ok("predict", out, "--text", "w5 w6")["predictions"][0]["label"] in ("even", "odd")
+
+
+def test_fit_without_labels(place: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "texts.jsonl", [{"text": row["text"]} for row in synthetic()])
+    said = ok("fit", place / "clf", data, "--no-labels", "--method", "random", "--max-loss", 0.9,
+              "--out", tmp_path / "o", *QUICK)  # fmt: skip
+    assert set(said["thresher"]) == {"agreement"}
+    assert said["metric"] == "agreement"
+
+
+def test_fit_a_regression_of_pairs(place: Path, tmp_path: Path) -> None:
+    rows = [{"sentence1": r["text"], "sentence2": "w7 w8", "score": i % 5 + 0.5} for i, r in enumerate(synthetic())]
+    said = ok("fit", place / "value", write_rows(tmp_path / "p.jsonl", rows), "--method", "first", "--speedup", 1.2,
+              "--out", tmp_path / "o", *QUICK)  # fmt: skip
+    assert said["task"]["pair"] is True
+    assert set(said["thresher"]) == {"pearson", "spearman", "mse"}
+    (answer,) = ok("predict", tmp_path / "o", "--text", "w5 w6", "--pair", "w7")["predictions"]
+    assert list(answer) == ["value"]
+
+
+def test_fit_and_use_an_embedder(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    data, out = place / "rows.jsonl", tmp_path / "o"
+    said = ok("fit", place / "base", data, "--task", "embedding", "--method", "attention-mass", "--speedup", 1.3,
+              "--out", out, *QUICK)  # fmt: skip
+    assert 0 < said["thresher"]["cosine"] <= said["stock"]["cosine"] == pytest.approx(1.0)
+    assert set(ok("evaluate", out, "python-docs:test", "--limit", 20)["thresher"]) == {
+        "cosine", "mrr", "recall_at_1", "recall_at_10",
+    }  # fmt: skip
+    assert len(ok("predict", out, "--text", "w5 w6")["predictions"][0]["embedding"]) == 32
+    assert ok("calibrate", out, data, "--speedup", 1.2)["speedup"] == pytest.approx(1.2, rel=0.02)
+    assert ok("bench", out, data, "--batch-size", 4, "--rounds", 1, "--limit", 8)["flops"] > 1.1
+    assert ok("explain", out, "--text", "w5 w6 w7")["maps"][0]["note"] == ""
+
+
+def test_an_interrupted_fit_says_how_to_go_on_and_does(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("fit", place / "clf", place / "rows.jsonl", "--out", tmp_path / "o", *QUICK)
+    trained: list[str] = []
+    real = stages.run_stage
+
+    def interrupted(model: Any, stage: Any, *args: Any, **options: Any) -> Any:
+        if stage.name == "hard" and not trained.count("hard"):
+            trained.append("hard")
+            raise KeyboardInterrupt
+        trained.append(stage.name)
+        return real(model, stage, *args, **options)
+
+    monkeypatch.setattr(import_module("thresher.training.fit"), "run_stage", interrupted)
+    done = call(*words)
+    assert (done.exit_code, done.stdout) == (130, "")
+    assert str(tmp_path / "o" / "training") in done.stderr
+    assert "the same command goes on from there" in done.stderr
+    fails(*words, "--seed", 5, match=r"unfinished run with other settings \(seed\)")
+    again = call(*words)
+    assert again.exit_code == 0, again.stderr
+    assert "Going on with the unfinished run" in again.stderr
+    assert trained == ["soft", "hard", "hard"]
+
+
+# --- calibrate, evaluate, bench --------------------------------------------------------------------------------------
+
+
+def test_calibrate_in_place(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "fitted", tmp_path / "m")
+    said = ok("calibrate", tmp_path / "m", place / "rows.jsonl", "--speedup", 1.6)
+    assert said["speedup"] == pytest.approx(1.6, rel=0.02)
+    assert thresher.policy_of(thresher.load(tmp_path / "m")).config.strength == said["strength"]
+    assert ok("evaluate", tmp_path / "m", place / "rows.jsonl")["speedup"] == pytest.approx(said["speedup"])
+
+
+def test_calibrate_a_plain_checkpoint_without_training(place: Path, tmp_path: Path) -> None:
+    words = ("calibrate", place / "clf", place / "rows.jsonl", "--max-loss", 0.3)
+    said = ok(*words, "--method", "cascade-top-k", "--set", "keep_rate=.5", "--out", tmp_path / "o")
+    assert said["stock"]["accuracy"] - said["thresher"]["accuracy"] <= 0.3 + 1e-9
+    assert ok("predict", tmp_path / "o", "--text", "w5")["predictions"]
+    pairs = write_rows(
+        tmp_path / "pairs.jsonl", [{"q": r["text"], "a": "w7", "label": r["label"]} for r in synthetic()]
+    )
+    columns = ("--column", "text=q", "--column", "text_pair=a")
+    ok("calibrate", place / "clf", pairs, *columns, "--speedup", 1.2, "--method", "first", "--out", tmp_path / "p")
+    assert ok("evaluate", tmp_path / "p", pairs)["speedup"] == pytest.approx(1.2, rel=0.02)
+    fails(*words, match="--method attention-mass --out DIR")
+    fails(*words, "--method", "first", match="give --out")
+    fails(*words, "--set", "keep_rate=.5", match="--set needs --method")
+
+
+def test_evaluate_a_plain_checkpoint(place: Path) -> None:
+    done = call("evaluate", place / "clf", place / "rows.jsonl")
+    assert done.exit_code == 0
+    assert "is a plain checkpoint: it runs packed and drops nothing" in done.stderr
+    assert "accuracy" in done.stdout
+    assert ok("evaluate", place / "clf", place / "rows.jsonl")["speedup"] == 1.0
+
+
+def test_evaluate_without_labels(place: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "t.jsonl", [{"text": row["text"]} for row in synthetic()])
+    assert set(ok("evaluate", place / "fitted", data)["thresher"]) == {"agreement"}
+
+
+def test_bench(place: Path) -> None:
+    words = ("bench", place / "fitted", place / "rows.jsonl", "--batch-size", "1,8", "--rounds", 2, "--limit", 16)
+    said = ok(*words)
+    assert [one["batch_size"] for one in said["batch_sizes"]] == [1, 8]
+    assert set(said["batch_sizes"][0]["measured"]) == {"median", "low", "high"}
+    assert said["rows"] == 16
+    assert said["flops"] > 1.1
+    shown = call(*words).stdout
+    assert "padding only" in shown
+    assert "stock, sorted" in shown
+
+
+@pytest.mark.parametrize("name", ["qa", "base"])
+def test_bench_and_explain_take_any_head(place: Path, name: str) -> None:
+    assert ok("bench", place / name, place / "rows.jsonl", "--batch-size", 8, "--rounds", 1)["flops"] == 1.0
+    assert ok("explain", place / name, "--text", "w5", "--pair", "w6 w7")["maps"][0]["kept"] == 6
+
+
+# --- predict, explain ------------------------------------------------------------------------------------------------
+
+
+def test_predict_a_file_keeps_the_order(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "p.jsonl"
+    assert ok("predict", place / "fitted", place / "rows.jsonl", "--out", out)["rows"] == 40
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    texts = [row["text"] for row in synthetic()]
+    alone = [ok("predict", place / "fitted", "--text", text)["predictions"][0] for text in texts[:3]]
+    assert [one["label"] for one in written[:3]] == [one["label"] for one in alone]
+    assert [one["probability"] for one in written[:3]] == pytest.approx([one["probability"] for one in alone], abs=1e-4)
+
+
+def test_predict_shows_a_table(place: Path) -> None:
+    done = call("predict", place / "fitted", "--text", "w5 w6", "--text", "")
+    assert "2 answers" in done.stdout
+    assert "1 text is empty" in done.stderr
+
+
+def test_a_text_that_is_too_long_is_cut_and_said(place: Path) -> None:
+    done = call("predict", place / "fitted", "--text", "w5 " * 500)
+    assert done.exit_code == 0
+    assert "1 of 1 texts was longer than 48 tokens and was cut" in done.stderr
+
+
+def test_explain(place: Path, tmp_path: Path) -> None:
+    words = ("explain", place / "fitted", "--text", "w5 w6 w7 w8 w9 w10 w11 w12 w13")
+    plain = call(*words, "--html", tmp_path / "m.html")
+    assert re.search(r"\[[12]:.*w\d", plain.stdout)
+    assert "tokens read to the end" in plain.stdout
+    assert "\x1b" not in plain.stdout
+    assert "<html" in (tmp_path / "m.html").read_text()
+    (found,) = ok(*words)["maps"]
+    assert "".join(found["tokens"]).startswith("[CLS] w5 w6")
+    assert set(found["dropped_at"]) - {None} <= {1, 2}
+
+
+def test_explain_says_what_was_cut(place: Path) -> None:
+    assert "1 of 1 texts was longer" in call("explain", place / "fitted", "--text", "w5 " * 500).stderr
+    assert "1 text is empty" in call("explain", place / "fitted", "--text", "").stderr
+
+
+# --- methods, demo, the process itself -------------------------------------------------------------------------------
+
+
+def test_methods() -> None:
+    said = {one["name"]: one for one in ok("methods")["methods"]}
+    assert said["ltp"]["needs_training"]
+    assert not said["attention-mass"]["needs_training"]
+    assert said["cascade-top-k"]["settings"]["keep_rate"] == 0.2
+    assert "cascade-top-k" in call("methods").stdout
+
+
+def test_demo_calls_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import thresher.demo as library
+
+    def pretend(out: Path, *, seed: int, on_step: Callable[[str], object]) -> library.DemoResult:
+        on_step("Embedding")
+        print("a library prints")
+        scores = {"mrr": 0.5}
+        return library.DemoResult(seed, 3, 2, 7.0, scores, scores, scores, flops_ratio=2.0)
+
+    monkeypatch.setattr(library, "run_demo", pretend)
+    said = ok("demo", "--out", tmp_path, "--seed", 4)
+    assert (said["seed"], said["flops_ratio"]) == (4, 2.0)
+    done = call("demo", "--out", tmp_path)
+    assert "2.00x" in done.stdout
+    assert "Embedding" in done.stderr
+
+
+def test_the_process(place: Path) -> None:
+    words = [sys.executable, "-m", "thresher.cli", "evaluate", place / "clf", place / "rows.jsonl", "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["rows"] == 40
+
+
+def test_the_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THRESHER_DEBUG", "1")
+    assert isinstance(call("explain", "nowhere").exception, OptionError)
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_bad_data(place: Path, tmp_path: Path) -> None:
+    model = place / "fitted"
+    fails("evaluate", model, tmp_path / "none.jsonl", match="There is no file or directory")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "w5", "label": 0}\n{"text": \n')
+    fails("evaluate", model, bad, match=r"bad\.jsonl, line 2: this is not valid JSON")
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    fails("predict", model, empty, match="is empty")
+    fails(
+        "evaluate", model, place / "rows.jsonl", "--column", "text=txet", match="no column 'txet'.*did you mean 'text'"
+    )
+    fails("evaluate", model, place / "rows.jsonl", "--column", "text", match="--column takes NAME=VALUE")
+    fails("evaluate", model, f"{place / 'rows.jsonl'}:train", match="no split 'train'")
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"sentence1": "w5", "sentence2": "w6"}])
+    fails("predict", model, pairs, match="one text a row")
+    outside = write_rows(tmp_path / "outside.jsonl", [{"text": "w5", "label": 0}, {"text": "w6", "label": 7}])
+    fails("evaluate", model, outside, match="Row 2 has the label 7, but class numbers are 0 to 1")
+    fails("fit", place / "clf", outside, "--out", tmp_path / "o", match="Row [12] has the label 7")
+    one = write_rows(tmp_path / "one.jsonl", synthetic(1))
+    fails("fit", place / "clf", one, "--out", tmp_path / "o", match="give --validation")
+    assert not (tmp_path / "o").exists()
+
+
+def test_bad_options(place: Path, tmp_path: Path) -> None:
+    fit = ("fit", place / "clf", place / "rows.jsonl", "--out", tmp_path / "o")
+    fails(*fit, "--method", "ltq", match="no method 'ltq'; did you mean 'ltp'")
+    fails(*fit, "--set", "treshold=1", match="no setting 'treshold'; did you mean 'threshold'")
+    fails(*fit, "--set", "threshold=high", match="threshold takes a number, not 'high'")
+    fails(*fit, "--set", "threshold=7", match="threshold must lie between 0 and 1")
+    fails(*fit, "--stage", "epoch=2", match="no setting 'epoch'; did you mean 'epochs'")
+    fails(*fit, "--stage", "sotf.epochs=2", match="no stage 'sotf'; did you mean 'soft'")
+    fails(*fit, "--method", "first", "--set", "retention=.5", match="retention has 1 fractions but the model has 2")
+    fails(*fit, "--speedup", 2, "--max-loss", 0.1, match="one target")
+    fails(*fit, "--speedup", 0.5, match="at least 1")
+    fails(*fit, "--metric", "acuracy", match="no metric 'acuracy'.*did you mean 'accuracy'")
+    fails(*fit, "--max-length", 600, match="600 is more than the 48 tokens the model can read")
+    fails(*fit, "--max-length", 2, match="no room for text")
+    fails(*fit, "--limit", 0, match="at least 1")
+    fails(*fit, "--task", "regression", match="2 outputs, which is classification, not regression")
+    fails("calibrate", place / "fitted", place / "rows.jsonl", match="Give a target")
+    fails("bench", place / "fitted", place / "rows.jsonl", "--batch-size", "1,x", match="not '1,x'")
+    fails("predict", place / "fitted", match="either DATA or --text")
+    fails("explain", place / "fitted", match="Give a text")
+    fails("explain", place / "fitted", "--text", "w5", "--pair", "a", "--pair", "b", match="one --pair for each")
+    wrong = call(*fit, "--task", "clasification")
+    assert wrong.exit_code == 2
+    assert "classification" in wrong.stderr
+    assert not (tmp_path / "o" / "thresher.json").exists()
+
+
+def test_bad_models(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = place / "rows.jsonl"
+    fails("evaluate", tmp_path / "none", data, match="There is no directory")
+    fails("evaluate", data, data, match="is a file")
+    fails("evaluate", tmp_path, data, match=r"no config\.json")
+    fails("evaluate", place / "gpt", data, match="'gpt2'.* is not supported")
+    fails("fit", place / "gpt", data, "--out", tmp_path / "o", match="'gpt2'.* is not supported")
+    fails("fit", place / "qa", data, "--out", tmp_path / "o", match="BertForQuestionAnswering, which has no head for")
+    fails("evaluate", place / "qa", data, match="neither a classifier")
+    fails("fit", place / "base", data, "--no-labels", "--out", tmp_path / "o", match="no trained head")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    fails("predict", "no-such/model-anywhere", "--text", "w5", match="no local directory, and the hub did not")
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (lambda settings: "{", "is corrupted"),
+        (lambda settings: json.dumps({**settings, "method": "ltpp"}), "is corrupted"),
+        (lambda settings: json.dumps({**settings, "weights_sha256": "0"}), "checksum differs"),
+        (
+            lambda settings: json.dumps({**settings, "notes": {"task": {"kind": "classification"}}}),
+            "fit the model again",
+        ),
+    ],
+)
+def test_damaged_settings(place: Path, tmp_path: Path, damage: Callable[[Any], str], match: str) -> None:
+    shutil.copytree(place / "fitted", tmp_path / "m")
+    file = tmp_path / "m" / "thresher.json"
+    file.write_text(damage(json.loads(file.read_text())))
+    fails("predict", tmp_path / "m", "--text", "w5", match=match)
+
+
+def test_outputs_that_cannot_be_written(place: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    rows = place / "rows.jsonl"
+    fails("fit", place / "clf", rows, "--out", file, match="is a file; give a directory")
+    fails("fit", place / "clf", rows, "--out", file / "deeper", match="Cannot use .*Not a directory")
+    fails("predict", place / "fitted", rows, "--out", tmp_path, match="is a directory; give a file")
+    fails("explain", place / "fitted", "--text", "w5", "--html", file / "x.html", match="is a file; give a directory")
+    fails("calibrate", place / "fitted", rows, "--speedup", 1.2, "--out", file, match="is a file")
+
+
+def test_a_target_that_cannot_be_met(place: Path, tmp_path: Path) -> None:
+    before = (place / "fitted" / "thresher.json").read_text()
+    fails("calibrate", place / "fitted", place / "rows.jsonl", "--speedup", 500, match=r"this method reaches \d\.\d\dx")
+    assert (place / "fitted" / "thresher.json").read_text() == before
+    fit = ("fit", place / "clf", place / "rows.jsonl", *QUICK)
+    fails(*fit, "--method", "last", "--out", tmp_path / "o", "--speedup", 500, match=r"reaches \d\.\d\dx at most\.$")
+    assert not (tmp_path / "o").exists()
+    # Learned thresholds train before anything has to drop, and those stages serve the next target.
+    ltp = (*fit, "--out", tmp_path / "p")
+    fails(*ltp, "--speedup", 500, match=r"trained stages are kept .* another target")
+    again = call(*ltp, "--speedup", 1.2)
+    assert again.exit_code == 0, again.stderr
+    assert "stage hard" in again.stderr
+    assert "stage soft" not in again.stderr
+
+
+def test_ctrl_c(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("thresher.measure.run.run", stop)
+    done = call("predict", place / "fitted", "--text", "w5")
+    assert (done.exit_code, done.stdout) == (130, "")
+    assert "Interrupted; nothing was written" in done.stderr
+
+
+def test_a_split_is_named_after_a_colon(tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "films").mkdir()
+    for split in ("train", "test"):
+        shutil.copy(place / "rows.jsonl", tmp_path / "films" / f"{split}.jsonl")
+    monkeypatch.setenv("THRESHER_DATA", str(tmp_path))
+    assert ok("evaluate", place / "fitted", "films:test", "--limit", 10)["rows"] == 10
+    fails("evaluate", place / "fitted", "films:dev", match="no split 'dev'; it has test, train")
+
+
+# --- values from words -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "hint", "expected"),
+    [
+        ("3", int, 3),
+        ("1e-4", float, 1e-4),
+        ("none", tuple[float, ...] | None, None),
+        (".8,.6", tuple[float, ...] | None, (0.8, 0.6)),
+        ("(101, 102)", tuple[int, ...], (101, 102)),
+        ("yes", bool, True),
+        ("word", str, "word"),
+    ],
+)
+def test_convert(text: str, hint: Any, expected: Any) -> None:
+    assert convert("setting", text, hint) == expected
+
+
+@pytest.mark.parametrize(("text", "hint"), [("x", int), ("1,x", tuple[float, ...]), ("maybe", bool)])
+def test_convert_refuses(text: str, hint: Any) -> None:
+    with pytest.raises(OptionError, match="setting takes"):
+        convert("setting", text, hint)

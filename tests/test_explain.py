@@ -1,0 +1,124 @@
+"""Token maps of single texts, for every kind of answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DistilBertConfig
+
+import thresher
+from helpers import build, config_of, make, tokenizer
+from thresher.errors import OptionError
+from thresher.explain import answer, explain
+from thresher.tasks.features import DEFAULT_MAX_LENGTH
+
+TEXT = "w5 w6 w7 w8 w9 w10 w11 w12"
+READS_LESS = thresher.AttentionMass(retention=(0.7, 0.4, 0.2))
+
+
+def test_a_map_shows_the_text_and_what_was_dropped() -> None:
+    model = thresher.attach(make("bert"), READS_LESS)
+    (found,) = explain(model, tokenizer(), [TEXT])
+    assert "".join(found.tokens) == f"[CLS] {TEXT} [SEP]"
+    assert (found.title, found.layers, len(found.tokens)) == (TEXT, 3, 10)
+    assert found.dropped_at[0] is None
+    assert found.kept == 2
+    assert [found.dropped_at.count(layer) for layer in (1, 2, 3)] == [3, 3, 2]
+
+
+def test_the_map_is_that_of_the_trace() -> None:
+    model = thresher.attach(make("bert"), READS_LESS)
+    with torch.no_grad(), thresher.tracing(record=True) as traces:
+        model(**tokenizer()([TEXT], return_tensors="pt"))
+    (found,) = explain(model, tokenizer(), [TEXT])
+    assert [layer or 0 for layer in found.dropped_at] == traces[0].dropped_at()[0].tolist()
+
+
+def test_nothing_dropped_without_a_policy() -> None:
+    (found,) = explain(thresher.attach(make("bert")), tokenizer(), [TEXT])
+    assert found.kept == 10
+
+
+def test_a_pair_and_a_long_title() -> None:
+    (found,) = explain(thresher.attach(make("bert")), tokenizer(), [(TEXT, TEXT + " w13 w14")])
+    assert "".join(found.tokens) == f"[CLS] {TEXT} [SEP] {TEXT} w13 w14 [SEP]"
+    assert len(found.title) <= 60
+    assert found.title.endswith("…")
+
+
+@pytest.mark.parametrize("text", ["", "   ", "unknown ✂ words\x07"])
+def test_odd_texts(text: str) -> None:
+    (found,) = explain(thresher.attach(make("bert"), READS_LESS), tokenizer(), [text])
+    assert found.dropped_at[0] is None
+
+
+def test_max_length_and_the_models_own_limit() -> None:
+    model = thresher.attach(make("bert"))
+    long = " ".join(["w5"] * 100)
+    assert len(explain(model, tokenizer(), [long])[0].tokens) == 48 < DEFAULT_MAX_LENGTH
+    assert len(explain(model, tokenizer(), [long], max_length=6)[0].tokens) == 6
+
+
+def test_the_mode_of_the_model_stays() -> None:
+    model = thresher.attach(make("bert"), READS_LESS).train()
+    explain(model, tokenizer(), [TEXT])
+    assert model.training
+
+
+def test_the_answers_in_words() -> None:
+    config = DistilBertConfig(id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1})
+    assert answer({"logits": torch.tensor([[0.0, 4.0]])}, config, [], []) == "good, 0.98"
+    assert answer({"logits": torch.tensor([[3.14159]])}, config, [], []) == "3.14"
+    assert answer({"last_hidden_state": torch.zeros(1)}, config, [], []) == ""
+
+
+def test_the_answer_of_a_span_model_lies_in_the_context() -> None:
+    pieces = ["[CLS] ", "who", " [SEP] ", "it", " was", " me", " [SEP]"]
+    ids = [None, 0, None, 1, 1, 1, None]
+    start = torch.tensor([[9.0, 8.0, 0.0, 0.0, 5.0, 0.0, 0.0]])
+    end = torch.tensor([[9.0, 8.0, 0.0, 4.0, 0.0, 3.0, 9.0]])
+    said = {"start_logits": start, "end_logits": end}
+    assert answer(said, None, pieces, ids) == "was me"
+    assert answer(said, None, pieces, [None] * 7) == ""
+
+
+def test_the_answer_of_a_tagger() -> None:
+    config = DistilBertConfig(id2label={0: "O", 1: "PER"}, label2id={"O": 0, "PER": 1})
+    logits = torch.tensor([[[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]])
+    pieces, ids = ["[CLS] ", "Ada", " met", " Bob"], [None, 0, 0, 0]
+    assert answer({"logits": logits}, config, pieces, ids) == "Ada PER, Bob PER"
+
+
+@pytest.mark.parametrize("head", ["token", "question-answering", "base"])
+def test_every_head(head: str) -> None:
+    model = thresher.attach(make("bert", head), READS_LESS)
+    (found,) = explain(model, tokenizer(), [("w5 w6", TEXT)])
+    assert found.kept < len(found.tokens)
+
+
+def test_one_value() -> None:
+    model = thresher.attach(build(config_of("bert", num_labels=1)), READS_LESS)
+    with torch.no_grad():
+        value = float(model(**tokenizer()([TEXT], return_tensors="pt")).logits)
+    (found,) = explain(model, tokenizer(), [TEXT])
+    assert float(found.note) == pytest.approx(value, rel=0.01)
+
+
+def test_a_sentence_transformer(minilm: str) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    model = thresher.attach(sentence_transformers.SentenceTransformer(minilm), thresher.AttentionMass())
+    (found,) = explain(model, model.tokenizer, ["A film that nobody will remember."])
+    assert "".join(found.tokens) == "[CLS] A film that nobody will remember. [SEP]"
+    assert found.note == ""
+    assert found.kept < len(found.tokens)
+
+
+def test_a_slow_tokenizer_is_refused() -> None:
+    class Slow:
+        is_fast = False
+
+    slow: Any = Slow()
+    with pytest.raises(OptionError, match="fast tokenizer"):
+        explain(thresher.attach(make("bert")), slow, [TEXT])

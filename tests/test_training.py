@@ -1,0 +1,340 @@
+"""Losses against plain formulas, and stages that resume, freeze and hand over as they say."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.modeling_outputs import (
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+
+import thresher
+from helpers import batch, dataset, make, outputs_of, settings, tokenizer, worst
+from thresher import checkpoint
+from thresher.errors import OptionError
+from thresher.methods import CONFIGS
+from thresher.model import attachment_of, is_attached, policy_of
+from thresher.policy import Stage
+from thresher.training import Learner, distillation_loss, fit, run_stage
+from thresher.training.learner import stock_copy
+
+HARD = Stage(name="hard", mode="hard", batch_size=8, warmup=0.0, learning_rate=1e-3)
+SOFT = Stage(name="soft", mode="soft", batch_size=8, warmup=0.0, learning_rate=1e-3, policy_learning_rate=1e-2)
+DISTIL = Stage(
+    name="distil", mode="hard", batch_size=8, warmup=0.0, learning_rate=1e-3, label_weight=0.0, distil_weight=1.0
+)
+QUIET: dict[str, Any] = {"progress": False, "precision": "float32"}
+
+
+def kl(teacher: list[float], student: list[float]) -> float:
+    """KL(teacher || student) of two lists of logits."""
+    p = [math.exp(x) / sum(map(math.exp, teacher)) for x in teacher]
+    q = [math.exp(x) / sum(map(math.exp, student)) for x in student]
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def test_classes_learn_by_kl_from_teacher_to_student() -> None:
+    ours, theirs = torch.randn(3, 4) * 2, torch.randn(3, 4) * 2
+    loss = distillation_loss(SequenceClassifierOutput(logits=ours), SequenceClassifierOutput(logits=theirs))
+    expected = sum(kl(t, s) for t, s in zip(theirs.tolist(), ours.tolist(), strict=True)) / 3
+    reverse = sum(kl(s, t) for t, s in zip(theirs.tolist(), ours.tolist(), strict=True)) / 3
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
+    assert abs(expected - reverse) > 1e-2  # the direction can be told apart
+
+
+def test_single_values_learn_by_squared_difference() -> None:
+    ours, theirs = torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [5.0]])
+    loss = distillation_loss(SequenceClassifierOutput(logits=ours), SequenceClassifierOutput(logits=theirs))
+    assert float(loss) == pytest.approx(2.5)
+
+
+def test_embeddings_learn_by_cosine() -> None:
+    ours, theirs = torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 2.0], [3.0, 3.0]])
+    loss = distillation_loss({"sentence_embedding": ours}, {"sentence_embedding": theirs})
+    assert float(loss) == pytest.approx(0.5)
+
+
+def test_tags_learn_over_real_tokens_only() -> None:
+    ours, theirs = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    loss = distillation_loss(TokenClassifierOutput(logits=ours), TokenClassifierOutput(logits=theirs), mask)
+    real = [(r, c) for r in range(2) for c in range(3) if mask[r, c]]
+    expected = sum(kl(theirs[p].tolist(), ours[p].tolist()) for p in real) / len(real)
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
+
+
+def test_spans_learn_over_the_positions_of_each_row() -> None:
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    ours, theirs = torch.randn(2, 2, 3), torch.randn(2, 2, 3)
+    loss = distillation_loss(
+        QuestionAnsweringModelOutput(start_logits=ours[0], end_logits=ours[1]),
+        QuestionAnsweringModelOutput(start_logits=theirs[0], end_logits=theirs[1]),
+        mask,
+    )
+    rows = [(k, r, int(mask[r].sum())) for k in range(2) for r in range(2)]
+    expected = sum(kl(theirs[k, r, :n].tolist(), ours[k, r, :n].tolist()) for k, r, n in rows) / 4
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_learner_adds_labels_teacher_and_method() -> None:
+    inputs = batch("bert")
+    labels = torch.tensor([0, 1, 2, 0])
+    model = thresher.attach(make("bert"), settings(CONFIGS["ltp"], penalty=0.4))
+    teacher = stock_copy(make("bert", seed=1))
+    assert not is_attached(teacher)
+    assert not any(p.requires_grad for p in teacher.parameters())
+    stage = Stage(name="x", mode="soft", label_weight=0.25, distil_weight=3.0)
+    policy_of(model).mode = "soft"
+    learner = Learner(model, stage, teacher)
+    out = learner(**inputs, labels=labels)
+    with thresher.tracing() as traces:
+        said = model(**inputs, labels=labels)
+    auxiliary = policy_of(model).auxiliary_loss(traces[0])
+    assert auxiliary is not None
+    expected = 0.25 * said.loss + 3.0 * distillation_loss(said, teacher(**inputs)) + auxiliary
+    assert float(out["loss"]) == pytest.approx(float(expected), rel=1e-5)
+    assert torch.equal(out["logits"], said.logits)
+    out["loss"].backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    names = [name for name, _ in learner.named_parameters()]
+    assert "policy.theta" in names
+    assert not any("teacher" in name for name in names)
+
+
+def test_the_learner_teaches_itself_without_labels() -> None:
+    inputs = batch("bert")
+    model = make("bert")
+    stock = outputs_of(model, inputs)["logits"]
+    learner = Learner(thresher.attach(model, "attention-mass"), DISTIL)
+    out = learner(**inputs, labels=torch.tensor([0, 1, 2, 0]))
+    expected = distillation_loss(SequenceClassifierOutput(logits=out["logits"]), SequenceClassifierOutput(logits=stock))
+    assert float(out["loss"]) == pytest.approx(float(expected), rel=1e-4)
+    assert float(expected) > 1e-2
+    with pytest.raises(OptionError, match="labels"):
+        Learner(model, HARD)(**inputs)
+
+
+def test_a_model_without_an_answer_has_nothing_to_learn_from() -> None:
+    with pytest.raises(OptionError, match="head"):
+        Learner(thresher.attach(make("bert", "base"), "first"), DISTIL)(**batch("bert"))
+
+
+def test_a_stage_learns(tmp_path: Path) -> None:
+    rows = dataset(32)
+    model = thresher.attach(make("bert"), "attention-mass")
+    losses: list[float] = []
+
+    class Watch(fitting_callback()):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **options: Any) -> None:
+            losses.extend([logs["loss"]] if "loss" in logs else [])
+
+    metrics = run_stage(
+        model, HARD, rows, tokenizer(), tmp_path, num_train_epochs=12, logging_steps=4, callbacks=[Watch()], **QUIET
+    )
+    assert losses[-1] < 0.5 * losses[0]
+    assert not model.training
+    assert policy_of(model).mode == "hard"
+    assert metrics["epoch"] == 12
+
+
+def fitting_callback() -> Any:
+    from transformers import TrainerCallback
+
+    return TrainerCallback
+
+
+def test_thresholds_move_only_at_a_rate_of_their_own(tmp_path: Path) -> None:
+    rows = dataset(16)
+    for rate, moves in ((None, False), (1e-2, True)):
+        model = thresher.attach(make("bert"), settings(CONFIGS["ltp"], temperature=0.05))
+        before = policy_of(model).theta.detach().clone()
+        weights = model.classifier.weight.detach().clone()
+        stage = Stage(name="soft", mode="soft", batch_size=8, warmup=0.0, policy_learning_rate=rate)
+        run_stage(model, stage, rows, tokenizer(), tmp_path / str(rate), **QUIET)
+        assert torch.equal(before, policy_of(model).theta) is not moves
+        assert policy_of(model).theta.requires_grad
+        assert not torch.equal(weights, model.classifier.weight)
+    # A step of Adam is about the learning rate: theirs, not the model's.
+    assert float((policy_of(model).theta - before).abs().max()) > 1e-3
+
+
+def test_a_stage_without_its_labels_is_refused(tmp_path: Path) -> None:
+    model = thresher.attach(make("bert"), "first")
+    with pytest.raises(OptionError, match="learns from labels"):
+        run_stage(model, HARD, dataset(8, labels=None), tokenizer(), tmp_path, **QUIET)
+    run_stage(model, DISTIL, dataset(8, labels=None), tokenizer(), tmp_path, max_steps=1, **QUIET)
+
+
+def test_token_labels_are_padded_like_their_tokens(tmp_path: Path) -> None:
+    model = thresher.attach(make("bert", "token"), "first")
+    run_stage(model, HARD, dataset(16, labels="token"), tokenizer(), tmp_path, max_steps=2, **QUIET)
+
+
+class Stop(Exception):
+    pass
+
+
+def interrupting(step: int) -> Any:
+    class Interrupt(fitting_callback()):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+            if state.global_step == step:
+                raise Stop
+
+    return Interrupt()
+
+
+def test_an_interrupted_stage_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    rows = dataset(32)
+    whole = thresher.attach(make("bert"), settings(CONFIGS["ltp"]))
+    run_stage(whole, SOFT, rows, tokenizer(), tmp_path / "whole", save_steps=2, num_train_epochs=2, **QUIET)
+
+    broken = thresher.attach(make("bert"), settings(CONFIGS["ltp"]))
+    where, options = tmp_path / "broken", {**QUIET, "save_steps": 2, "num_train_epochs": 2}
+    with pytest.raises(Stop):
+        run_stage(broken, SOFT, rows, tokenizer(), where, callbacks=[interrupting(5)], **options)
+    assert policy_of(broken).mode == "hard"
+    assert policy_of(broken).theta.requires_grad
+    assert (where / "checkpoint-4").is_dir()
+    again = thresher.attach(make("bert"), settings(CONFIGS["ltp"]))
+    steps: list[int] = []
+
+    class Watch(fitting_callback()):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+            steps.append(state.global_step)
+
+    run_stage(again, SOFT, rows, tokenizer(), where, callbacks=[Watch()], **options)
+    assert steps == [5, 6, 7, 8]
+    inputs = batch("bert")
+    assert worst(outputs_of(whole, inputs), outputs_of(again, inputs)) <= 1e-4
+    torch.testing.assert_close(policy_of(whole).theta, policy_of(again).theta)
+    steps.clear()
+    fresh = thresher.attach(make("bert"), settings(CONFIGS["ltp"]))
+    run_stage(fresh, SOFT, rows, tokenizer(), where, callbacks=[Watch()], resume=False, **options)
+    assert steps[0] == 1
+
+
+def fitted(directory: Path, model: Any = None, **options: Any) -> Any:
+    model = model if model is not None else make("bert")
+    settings_ = {"stages": (SOFT, HARD), "max_steps": 3, **QUIET, **options}
+    policy = settings(CONFIGS["ltp"], temperature=0.05)
+    return fit(model, policy, dataset(24), tokenizer(), directory, **settings_)
+
+
+def test_fit_trains_every_stage_calibrates_and_saves(tmp_path: Path) -> None:
+    seen: list[str] = []
+    model = fitted(
+        tmp_path / "out",
+        validation=dataset(24, seed=5),
+        speedup=1.3,
+        on_stage=lambda s: seen.append(s.name),
+        notes={"a": 1},
+    )
+    assert seen == ["soft", "hard"]
+    notes = attachment_of(model).notes
+    assert notes["a"] == 1
+    assert notes["calibration"]["speedup"] >= 1.3
+    back = thresher.load(tmp_path / "out")
+    inputs = batch("bert")
+    assert worst(outputs_of(model, inputs), outputs_of(back, inputs)) == 0.0
+    assert attachment_of(back).notes == notes
+    assert (tmp_path / "out" / "tokenizer_config.json").is_file()
+    assert not list((tmp_path / "out" / "training").glob("*/checkpoint-*"))
+
+
+def test_a_finished_stage_is_not_run_again(tmp_path: Path) -> None:
+    inputs = batch("bert")
+    whole = fitted(tmp_path / "whole")
+    with pytest.raises(Stop):
+        fitted(tmp_path / "broken", on_stage=stop_at("hard"))
+    seen: list[str] = []
+    resumed = fitted(tmp_path / "broken", on_stage=lambda s: seen.append(s.name))
+    assert seen == ["hard"]
+    assert worst(outputs_of(whole, inputs), outputs_of(resumed, inputs)) <= 1e-5
+    torch.testing.assert_close(policy_of(whole).theta, policy_of(resumed).theta)
+
+
+def stop_at(name: str) -> Any:
+    def stop(stage: Stage) -> None:
+        if stage.name == name:
+            raise Stop
+
+    return stop
+
+
+def test_resuming_keeps_the_teacher_of_the_first_distilling_stage(tmp_path: Path) -> None:
+    first, second = (Stage(**{**DISTIL.__dict__, "name": name, "learning_rate": 1e-2}) for name in ("one", "two"))
+    inputs = batch("bert")
+    whole = fitted(tmp_path / "whole", stages=(first, second))
+    with pytest.raises(Stop):
+        fitted(tmp_path / "broken", stages=(first, second), on_stage=stop_at("two"))
+    resumed = fitted(tmp_path / "broken", stages=(first, second))
+    assert worst(outputs_of(whole, inputs), outputs_of(resumed, inputs)) <= 1e-5
+
+
+def test_fine_tuning_comes_first_and_drops_nothing(tmp_path: Path) -> None:
+    seen: list[tuple[str, str]] = []
+    fitted(tmp_path, fine_tune=True, max_steps=1, on_stage=lambda s: seen.append((s.name, s.mode)))
+    assert seen == [("fine-tune", "off"), ("soft", "soft"), ("hard", "hard")]
+    assert (tmp_path / "training" / "1-fine-tune" / "done" / checkpoint.SETTINGS).is_file()
+
+
+def test_overrides_reach_every_stage_or_the_one_named(tmp_path: Path) -> None:
+    seen: dict[str, Stage] = {}
+    fitted(
+        tmp_path,
+        max_steps=1,
+        overrides={"batch_size": 4, "soft.learning_rate": 0.5},
+        on_stage=lambda s: seen.setdefault(s.name, s),
+    )
+    assert (seen["soft"].batch_size, seen["soft"].learning_rate) == (4, 0.5)
+    assert (seen["hard"].batch_size, seen["hard"].learning_rate) == (4, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("learning_rat", "did you mean 'learning_rate'"),
+        ("sooft.epochs", "did you mean 'soft'"),
+        ("name", "no setting 'name'"),
+    ],
+)
+def test_unknown_overrides_are_refused_with_a_suggestion(tmp_path: Path, key: str, words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        fitted(tmp_path / "out", overrides={key: 1})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_of_nothing_is_a_target_too(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="validation"):
+        fitted(tmp_path / "a", max_loss=0.0)
+    model = fitted(tmp_path / "b", max_loss=0.0, quality=lambda p: 1.0, validation=dataset(8), max_steps=1)
+    assert attachment_of(model).notes["calibration"]["target"] == {"max_loss": 0.0}
+
+
+def test_a_target_needs_validation_rows(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="validation"):
+        fitted(tmp_path, speedup=2.0)
+
+
+def test_a_stage_may_switch_dropout_off() -> None:
+    model = thresher.attach(make("bert"), "first")
+    learner = Learner(model, Stage(name="x", mode="hard", dropout=False))
+    assert not learner.train().model.training
+    assert Learner(model, HARD).train().model.training
+
+
+@pytest.mark.parametrize("method", sorted(CONFIGS))
+def test_every_method_says_how_it_is_trained(method: str) -> None:
+    stages = policy_of(thresher.attach(make("bert"), method)).stages()
+    assert stages
+    assert len({s.name for s in stages}) == len(stages)
+    for stage in stages:
+        assert stage.mode in ("off", "soft", "hard")
+        assert stage.label_weight or stage.distil_weight
+    assert stages[-1].mode == "hard"
