@@ -96,8 +96,9 @@ def main() -> None:
         "split": "test" if args.name == "imdb" else "validation (GLUE dev)",
         "examples": len(test),
         "seeds": args.seeds,
-        "note": f"MiniLM-L6, {SETTINGS[args.name][3]} tokens; stages on {len(train)} of the start's rows; "
-        f"settings {' '.join(args.stage) or 'default'}, penalty {args.penalty}, temperature {args.temperature}; calibrated on {len(calibration)} held-out rows",
+        "note": f"MiniLM-L6, {SETTINGS[args.name][3]} tokens; stages on {len(train)} of the start's rows; settings "
+        f"{' '.join(args.stage) or 'default'}, penalty {args.penalty}, temperature {args.temperature}; "
+        f"calibrated on {len(calibration)} held-out rows",
     }
     target = {"imdb": ">= 2.5", "sst2": ">= 1.5"}[args.name]
     mean = lambda xs: sum(xs) / len(xs)  # noqa: E731

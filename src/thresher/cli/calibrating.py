@@ -66,7 +66,7 @@ def calibrate(
         raise OptionError("--set needs --method, whose setting it is.")
 
     import thresher
-    from thresher.calibrate import calibrate as search
+    from thresher.calibration import calibrate as search
     from thresher.cli.data import labels_of, read_rows
     from thresher.cli.models import open_model
     from thresher.measure.run import run, run_packed

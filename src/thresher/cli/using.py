@@ -124,7 +124,7 @@ def explain(
         file_to_write(html)
 
     from thresher.cli.models import open_model
-    from thresher.explain import explain as token_maps
+    from thresher.explanation import explain as token_maps
     from thresher.report._support import write_whole
     from thresher.report.tokens import to_html
 

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import torch
 
 from thresher.engine import keep_everything
+from thresher.errors import OptionError
 from thresher.measure.flops import speedup
 from thresher.model import attachment_of, evaluating, find_encoder, is_attached
 from thresher.policy import Trace, tracing
+
+if TYPE_CHECKING:
+    import datasets
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @dataclass(frozen=True)
 class Run:
-    """predictions: [n, ...] in the order of the rows. speedup: FLOPs of the packed model that drops nothing / FLOPs spent."""
+    """predictions: [n, ...] in the order of the rows, [n, N, C] with NaN beyond a row's batch for heads that say something of
+    every token. speedup: FLOPs of the packed model that drops nothing / FLOPs spent."""
 
     predictions: np.ndarray
     traces: tuple[Trace, ...]
@@ -74,7 +78,7 @@ def run(
             order.extend(index)
             if on_batch:
                 on_batch(len(index))
-    predictions = np.concatenate(parts)
+    predictions = np.concatenate(_same_width(parts))
     restored = np.empty_like(predictions)
     restored[order] = predictions
     attachment = attachment_of(model) if is_attached(model) else None
@@ -92,8 +96,26 @@ def run_packed(model: Any, rows: datasets.Dataset, **options: Any) -> Run:
 
 
 def answers(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """[B, ...]: the logits of a Hugging Face model, the embeddings of a SentenceTransformer, the scores of a CrossEncoder."""
-    if find_encoder(model) is model:
-        return model(**batch).logits  # type: ignore[no-any-return]
-    outputs = model(dict(batch))
-    return outputs["sentence_embedding" if "sentence_embedding" in outputs else "scores"]  # type: ignore[no-any-return]
+    """What a model says about a batch, see `said`."""
+    return said(model(**batch) if find_encoder(model) is model else model(dict(batch)))
+
+
+def said(outputs: Any) -> torch.Tensor:
+    """The logits [B, ...] of a Hugging Face model (start and end logits side by side, [B, N, 2]), the embeddings [B, D] of a
+    SentenceTransformer, the scores of a CrossEncoder.
+
+    Raises OptionError for a model without a head.
+    """
+    for name in ("logits", "sentence_embedding", "scores"):
+        if name in outputs and outputs[name] is not None:
+            return outputs[name]  # type: ignore[no-any-return]
+    if "start_logits" in outputs:
+        return torch.stack([outputs["start_logits"], outputs["end_logits"]], -1)
+    raise OptionError("The model has neither logits nor a sentence embedding; give one with a head.")
+
+
+def _same_width(parts: list[np.ndarray]) -> list[np.ndarray]:
+    if parts[0].ndim < 3:
+        return parts
+    widest = max(part.shape[1] for part in parts)
+    return [np.pad(p, ((0, 0), (0, widest - p.shape[1]), (0, 0)), constant_values=np.nan) for p in parts]

@@ -1,6 +1,6 @@
 """Training stages on transformers.Trainer, and learning from the stock model without labels."""
 
-from thresher.training.fit import fit
+from thresher.training.recipe import fit
 from thresher.training.learner import Learner, distillation_loss
 from thresher.training.stages import run_stage
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thresher.errors import OptionError
+from thresher.measure.run import said
 from thresher.model import attachment_of, detach, find_encoder, is_attached
 from thresher.policy import Stage, tracing
 
@@ -26,23 +27,13 @@ def stock_copy(model: Any) -> Any:
     return teacher.eval()
 
 
-def predictions(outputs: Any) -> Tensor:
-    """What a model says: logits [B, ...], start and end logits side by side [B, N, 2], or an embedding [B, D]."""
-    for name in ("logits", "sentence_embedding", "scores"):
-        if name in outputs and outputs[name] is not None:
-            return outputs[name]  # type: ignore[no-any-return]
-    if "start_logits" in outputs:
-        return torch.stack([outputs["start_logits"], outputs["end_logits"]], -1)
-    raise OptionError("The model has neither logits nor a sentence embedding to learn from; give one with a head.")
-
-
 def distillation_loss(student: Any, teacher: Any, mask: Tensor | None = None) -> Tensor:
     """How far the student's outputs are from the teacher's.
 
-    Sentence embeddings: 1 - cosine, plus what `neighbourhood_loss` says; for one logit the squared difference; for several KL(teacher || student), for
-    token logits over the real tokens, for span logits over the positions of each row.
+    Sentence embeddings: 1 - cosine, plus what `neighbourhood_loss` says. One logit: the squared difference. Several:
+    KL(teacher || student); of token logits over the real tokens, of span logits over the positions of each row.
     """
-    ours, theirs = predictions(student).float(), predictions(teacher).float()
+    ours, theirs = said(student).float(), said(teacher).float()
     if "sentence_embedding" in student:
         return (1 - F.cosine_similarity(ours, theirs, dim=-1)).mean() + neighbourhood_loss(ours, theirs)
     if "start_logits" in student:
@@ -60,8 +51,8 @@ def distillation_loss(student: Any, teacher: Any, mask: Tensor | None = None) ->
 def neighbourhood_loss(ours: Tensor, theirs: Tensor, temperature: float = 0.05) -> Tensor:
     """How far each embedding's similarities to the others of the batch have moved: what a search ranks by.
 
-    ours, theirs: [B, D]. KL between softmax(theirs_i . theirs_j / temperature) and softmax(ours_i . theirs_j / temperature) over
-    j != i, times the temperature (so that it weighs like a cosine). Zero for a batch of one.
+    ours, theirs: [B, D]. KL between softmax(theirs_i . theirs_j / temperature) and softmax(ours_i . theirs_j / temperature)
+    over j != i, times the temperature (so that it weighs like a cosine). Zero for a batch of one.
     """
     if len(ours) < 2:
         return ours.new_zeros(())
@@ -100,8 +91,8 @@ class Learner(nn.Module):
             batch = {k: v for k, v in batch.items() if k not in LABELS}
         with tracing() as traces:
             outputs = self._call(self.model, dict(batch))
-        said = predictions(outputs)
-        loss = said.new_zeros((), dtype=torch.float32)
+        answers = said(outputs)
+        loss = answers.new_zeros((), dtype=torch.float32)
         if stage.label_weight:
             if outputs.get("loss") is None:
                 raise OptionError(f"The stage {stage.name!r} learns from labels, but the batch has none.")
@@ -111,7 +102,7 @@ class Learner(nn.Module):
         if self.policy is not None:
             auxiliary = self.policy.auxiliary_loss(traces[-1])
             loss = loss if auxiliary is None else loss + auxiliary
-        return {"loss": loss, "logits": said}
+        return {"loss": loss, "logits": answers}
 
     def _distil(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
         teacher = self._teacher[0]

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import thresher
-import thresher.calibrate as calibration
+import thresher.calibration as calibration
 from helpers import HIDDEN, batch, dataset, make, settings
-from thresher.calibrate import calibrate
+from thresher.calibration import calibrate
 from thresher.errors import OptionError, TargetError
 from thresher.measure.run import batches, collate, run, run_packed
 from thresher.methods import CONFIGS
@@ -70,7 +70,6 @@ def test_run_leaves_the_mode_and_tells_of_progress(rows: Any) -> None:
     np.testing.assert_allclose(stock.predictions, packed.predictions, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="run() joins predictions of one width only, and knows no span logits")
 @pytest.mark.parametrize("head", ["token", "question-answering"])
 def test_run_and_calibrate_heads_that_read_every_token(rows: Any, head: str) -> None:
     """A speedup needs no labels, whatever the head says and however wide its batches are."""

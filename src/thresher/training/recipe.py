@@ -11,8 +11,8 @@ from typing import Any
 import datasets
 
 from thresher import checkpoint
-from thresher.calibrate import Calibration, Quality, calibrate
-from thresher.errors import OptionError, nearest
+from thresher.calibration import Calibration, Quality, calibrate
+from thresher.errors import OptionError, TargetError, nearest
 from thresher.model import attach, attachment_of, find_encoder, policy_of, save, set_config
 from thresher.policy import PolicyConfig, Stage
 from thresher.training.learner import stock_copy
@@ -70,7 +70,7 @@ def fit(
             _take_over(model, done)
             continue
         if stage.mode == "hard" and validation is not None and targeted:
-            calibrate(model, validation, speedup=speedup or FIRST_GUESS)
+            _first_drop(model, validation, speedup)
         if on_stage:
             on_stage(stage)
         run_stage(model, stage, rows, tokenizer, done.parent, teacher=teacher, seed=seed, **arguments)
@@ -82,6 +82,15 @@ def fit(
     save(model, directory)
     tokenizer.save_pretrained(str(directory))
     return model
+
+
+def _first_drop(model: Any, validation: datasets.Dataset, speedup: float | None) -> None:
+    """Set how much the first hard stage drops: the target, or a guess, which a method that cannot reach it may miss."""
+    try:
+        calibrate(model, validation, speedup=speedup or FIRST_GUESS)
+    except TargetError:
+        if speedup:
+            raise
 
 
 def _override(stage: Stage, overrides: Mapping[str, Any], plan: tuple[Stage, ...]) -> Stage:

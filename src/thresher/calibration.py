@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import torch
 
 from thresher.errors import OptionError, TargetError
 from thresher.measure.run import Run, run, run_packed
-from thresher.model import attachment_of, policy_of, set_config
+from thresher.model import attachment_of, find_encoder, policy_of, set_config
+
+if TYPE_CHECKING:
+    import datasets
 
 Quality = Callable[[np.ndarray], float]
 STRONGEST = 64.0
@@ -43,11 +45,9 @@ def calibrate(
     """Set the attached policy's strength so that a target holds on `rows` (encoded validation rows); save keeps it.
 
     speedup: FLOPs ratio to reach, within `tolerance`; no labels needed. max_loss: the most that `quality` may fall
-        (0.01 = one point of accuracy) below the packed model that drops nothing; the fastest setting that holds is
-        taken.
-    quality: from predictions [n, ...] in row order to a number, higher is better; without it, agreement with the
-    undropped
-        model's answers (class predictions; for one value 1 - normalised squared difference).
+        (0.01 = one point of accuracy) below the packed model that drops nothing; the fastest setting that holds is taken.
+    quality: from predictions [n, ...] in row order to a number, higher is better. Without it, agreement with the undropped
+        model: the share of equal classes, tags or span ends; for values and embeddings 1 - normalised squared difference.
     Raises TargetError, naming the nearest that can be had, when the target cannot be met; the model is then unchanged.
     """
     if (speedup is None) == (max_loss is None):
@@ -67,7 +67,7 @@ def calibrate(
         else:
             assert max_loss is not None
             packed = run_packed(model, rows, **search.options)
-            judge = quality or _agreement(packed.predictions)
+            judge = quality or _agreement(packed.predictions, model)
             baseline = float(judge(packed.predictions))
             found = _to_loss(search, judge, baseline - max_loss)
     except BaseException:
@@ -146,9 +146,28 @@ def _to_loss(search: _Search, quality: Quality, floor: float) -> tuple[float, Ru
     return low, search.at(low)
 
 
-def _agreement(packed: np.ndarray) -> Quality:
-    if packed.ndim == 2 and packed.shape[1] > 1:
-        answers = packed.argmax(-1)
-        return lambda predictions: float((predictions.argmax(-1) == answers).mean())
+def _says_spans(model: Any) -> bool:
+    return type(find_encoder(model)).__name__.endswith("ForQuestionAnswering")
+
+
+def _says_classes(model: Any) -> bool:
+    return (
+        type(find_encoder(model)).__name__.endswith("Classification")
+        and (find_encoder(model).config.num_labels or 0) > 1
+    )
+
+
+def _agreement(packed: np.ndarray, model: Any) -> Quality:
+    """How often a model's answers are those of the undropped model (values and embeddings: how close)."""
+    if _says_spans(model):
+        return _same(packed, lambda p: np.nan_to_num(p, nan=-np.inf).argmax(1))
+    if _says_classes(model):
+        real = ~np.isnan(packed).any(-1)
+        return _same(packed, lambda p: np.nan_to_num(p, nan=-np.inf).argmax(-1)[real])
     spread = float(packed.var()) or 1.0
     return lambda predictions: 1.0 - float(((predictions - packed) ** 2).mean()) / spread
+
+
+def _same(packed: np.ndarray, answer: Callable[[np.ndarray], np.ndarray]) -> Quality:
+    wanted = answer(packed)
+    return lambda predictions: float((answer(predictions) == wanted).mean())

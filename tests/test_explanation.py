@@ -11,7 +11,7 @@ from transformers import DistilBertConfig
 import thresher
 from helpers import build, config_of, make, tokenizer
 from thresher.errors import OptionError
-from thresher.explain import answer, explain
+from thresher.explanation import answer, explain
 from thresher.tasks.features import DEFAULT_MAX_LENGTH
 
 TEXT = "w5 w6 w7 w8 w9 w10 w11 w12"
