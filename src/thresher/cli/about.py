@@ -11,7 +11,8 @@ import typer
 
 from thresher.cli.options import DATA, OUTPUT, Json, directory_to_write
 from thresher.cli.screen import Result, command, notice
-from thresher.report.console import count, ratio, table
+from thresher.report.console import table
+from thresher.report.tokens import legend, to_terminal
 
 
 @command
@@ -63,24 +64,19 @@ def demo(
     from thresher.demo import run_demo
 
     found = run_demo(out, seed=seed, on_step=notice)
-    numbers = found.numbers()
-    sides = {"stock": found.stock, "training-free": found.training_free, "thresher": found.thresher}
-    quality = [(name, *(f"{side[name]:.4f}" for side in sides.values())) for name in found.stock]
+    from rich.text import Text
+
+    result = found.table()
+    shown: list[Any] = [table(result.title, result.columns, result.rows, result.note)]
+    for search in found.searches:
+        verdict = "found its section" if search.right else "found another section"
+        shown += [Text(f"\n“{search.query}” {verdict}:", style="bold"), to_terminal(search.map)]
     return Result(
-        {"directory": str(out), **numbers},
+        {"directory": str(out), **found.numbers()},
         [
-            table(
-                f"Search in {count(found.documents)} sections of {found.tokens:.0f} tokens, {count(found.queries)} queries",
-                ("", *sides),
-                quality,
-            ),
-            table(
-                "Speedup",
-                ("FLOPs", "measured", "padding only", "together"),
-                [[ratio(r) for r in (found.flops_ratio, found.measured_ratio, found.padding_ratio, found.total_ratio)]],
-                "measured: packed / thresher. padding only: stock padded / packed.",
-            ),
-            f"The model is in {out / 'model'}.",
+            *shown,
+            legend(found.searches[0].map.layers) if found.searches else "",
+            f"The model is in {out / 'model'}, the report in {out / 'report.html'}.",
             f'Next: thresher explain {out / "model"} --text "…"',
         ],
     )

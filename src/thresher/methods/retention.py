@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import ClassVar
 
 from thresher.attention import NOTHING, Evidence, Wanted
 from thresher.errors import OptionError
 from thresher.packed import PackedTokens
 from thresher.parts import scores
-from thresher.parts.rules import interpolate, keep_fraction
+from thresher.parts.rules import interpolate, keep_count, keep_fraction
 from thresher.policy import Geometry, Point, Policy, PolicyConfig, Trace
 
 # About 2.2x fewer FLOPs on six layers; drawn for six and interpolated for other depths.
@@ -43,7 +44,7 @@ class Retention(PolicyConfig):
             return
         if not self.retention or not all(0.0 < f <= 1.0 for f in self.retention):
             raise OptionError(f"retention must be fractions above 0 and at most 1, one a layer, not {self.retention}.")
-        if any(b > a for a, b in zip(self.retention, self.retention[1:], strict=False)):
+        if any(b > a for a, b in pairwise(self.retention)):
             raise OptionError(
                 f"retention must not rise from layer to layer (a dropped token stays dropped), not {self.retention}."
             )
@@ -66,10 +67,29 @@ class AttentionMass(Retention):
     """Keep the tokens that receive most attention (METHODS: PoWER-BERT eq. 1, LAT). Works without any training.
 
     off_diagonal: leave out what a token gives itself, as PoWER-BERT does.
+    counts: instead of fractions, the number of tokens each layer keeps of any row, as PoWER-BERT and LAT write their
+    retention configurations; divided by strength.
+    neighbours: compare a token with this many on either side instead of with the whole row; 0 for the whole row. For
+    encoders whose attention drifts with position.
     """
 
     method: ClassVar[str] = "attention-mass"
     off_diagonal: bool = False
+    counts: tuple[int, ...] | None = None
+    neighbours: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.neighbours < 0:
+            raise OptionError(f"neighbours must be at least 0, not {self.neighbours!r}.")
+        if self.counts is None:
+            return
+        if self.retention is not None:
+            raise OptionError("Give retention (fractions of each row) or counts (the same for every row), not both.")
+        if not self.counts or any(c < 1 for c in self.counts):
+            raise OptionError(f"counts must be at least 1, one a layer, not {self.counts}.")
+        if any(b > a for a, b in pairwise(self.counts)):
+            raise OptionError(f"counts must not rise from layer to layer, not {self.counts}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,17 +139,31 @@ class CascadeTopK(Retention):
         return tuple(1.0 - (1.0 - rate) * max(layer - unpruned, 0) / steps for layer in range(1, layers + 1))
 
 
+def _counts(config: Retention, geometry: Geometry) -> tuple[int, ...] | None:
+    counts: tuple[int, ...] | None = getattr(config, "counts", None)
+    if counts is None or config.strength == 0:
+        return counts
+    if len(counts) != geometry.layers:
+        raise OptionError(
+            f"counts has {len(counts)} entries but the model has {geometry.layers} layers; give one for each."
+        )
+    return tuple(max(round(count / config.strength), config.min_tokens) for count in counts)
+
+
 class RetentionPolicy(Policy[Retention]):
     """Any score with the fraction rule."""
 
     def __init__(self, config: Retention, geometry: Geometry) -> None:
         super().__init__(config, geometry)
         self.fractions = config.fractions(geometry)
+        self.counts = _counts(config, geometry)
         name = "attention-mass-off-diagonal" if getattr(config, "off_diagonal", False) else config.score
         score, self.wanted = scores.SCORES[name]
         self.score = partial(scores.random, seed=config.seed) if isinstance(config, RandomTokens) else score
 
     def _drops_at(self, layer: int) -> bool:
+        if self.counts is not None:
+            return self.config.strength > 0 and (layer == 1 or self.counts[layer - 1] < self.counts[layer - 2])
         before = self.fractions[layer - 2] if layer > 1 else 1.0
         return self.fractions[layer - 1] < before
 
@@ -140,4 +174,8 @@ class RetentionPolicy(Policy[Retention]):
         if point is not Point.AFTER_ATTENTION or not self._drops_at(layer):
             return tokens
         score, fraction = self.score(tokens, evidence), self.fractions[layer - 1]
+        if reach := getattr(self.config, "neighbours", 0):
+            score = scores.among_neighbours(score, tokens, reach)
+        if self.counts is not None:
+            return tokens.keep(keep_count(score, tokens, self.counts[layer - 1]))
         return tokens.keep(keep_fraction(score, tokens, fraction, self.config.min_tokens))
