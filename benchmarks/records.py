@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,14 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def command(arguments: list[str]) -> str:
+    """The command line, each folder of this machine replaced by the name of its option: --data-dir DATA-DIR."""
+    words = [f"benchmarks/{Path(arguments[0]).name}"]
+    for before, word in pairwise(arguments):
+        words.append(before.lstrip("-").upper() if before.startswith("--") and "/" in word else word)
+    return "python " + " ".join(words)
 
 
 def record(
@@ -58,7 +68,7 @@ def record(
         "target": target,
         "baseline": baseline,
         "spread": spread,
-        "command": "python " + " ".join(a for a in sys.argv if not a.startswith("/")),
+        "command": command(sys.argv),
         "data": data,
         "split": split,
         "examples": examples,
@@ -86,7 +96,67 @@ def holds(entry: dict[str, Any]) -> bool | None:
     return entry["value"] >= float(bound) if sign == ">=" else entry["value"] <= float(bound)
 
 
+def all_entries() -> dict[str, dict[str, Any]]:
+    """Every record by its id."""
+    return {e["id"]: e for path in sorted(RESULTS.glob("*.json")) for e in json.loads(path.read_text())}
+
+
+def headline(entries: dict[str, dict[str, Any]]) -> str:
+    """The one figure of the README's first screen."""
+    value = {name: entry["value"] for name, entry in entries.items()}
+    return (
+        f"> **IMDb, MiniLM-L6: {value['ltp-imdb-flops']:.1f}x fewer FLOPs at {value['ltp-imdb-loss']:.1f} points of accuracy "
+        f"lost** (LTP). **Embedding documents for search: {value['demo-measured']:.1f}x faster in measured time**, MRR "
+        f"{value['demo-mrr']:+.3f}. Both against the same model already run without padding; over the stock padded model the "
+        f"embedder gains {value['demo-total']:.1f}x."
+    )
+
+
+def markdown(entries: list[dict[str, Any]]) -> str:
+    """A table of records, the missed targets marked as missed."""
+    lines = ["| what | value | target | holds | against |", "|---|---|---|---|---|"]
+    for entry in entries:
+        verdict = {True: "yes", False: "**missed**", None: ""}[holds(entry)]
+        spread = entry["spread"]
+        detail = ""
+        if isinstance(spread, dict):
+            detail = " (" + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in spread.items()) + ")"
+        elif isinstance(spread, list) and len(spread) > 1:
+            detail = " (" + ", ".join(f"{v:.4g}" for v in spread) + ")"
+        value = f"{entry['value']:.4g} {entry['unit']}{detail}"
+        lines.append(f"| {entry['what']} | {value} | {entry['target'] or ''} | {verdict} | {entry['baseline']} |")
+    return "\n".join(lines)
+
+
+def fill(text: str) -> str:
+    """`text` with what stands between `<!-- figures:NAME -->` and `<!-- figures:end -->` made anew from the records.
+
+    NAME: headline, targets (every record that has one), or the name of a results file.
+    """
+    entries = all_entries()
+
+    def block(match: re.Match[str]) -> str:
+        name = match[1]
+        if name == "headline":
+            body = headline(entries)
+        elif name == "targets":
+            body = markdown([e for e in entries.values() if e["target"]])
+        else:
+            body = markdown(json.loads((RESULTS / f"{name}.json").read_text()))
+        return f"<!-- figures:{name} -->\n{body}\n<!-- figures:end -->"
+
+    return re.sub(r"<!-- figures:(?!end)(\w+) -->.*?<!-- figures:end -->", block, text, flags=re.DOTALL)
+
+
+DOCUMENTS = ("README.md", "docs/experiments.md")
+
+
 def main() -> None:
+    """Print every record; with --write also put the figures into the README and the docs."""
+    if "--write" in sys.argv:
+        for name in DOCUMENTS:
+            path = Path(__file__).parent.parent / name
+            path.write_text(fill(path.read_text()))
     from rich.console import Console
     from rich.table import Table
 

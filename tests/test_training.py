@@ -22,7 +22,7 @@ from thresher.methods import CONFIGS
 from thresher.model import attachment_of, is_attached, policy_of
 from thresher.policy import Stage
 from thresher.training import Learner, distillation_loss, fit, run_stage
-from thresher.training.learner import stock_copy
+from thresher.training.learner import neighbourhood_loss, stock_copy
 
 HARD = Stage(name="hard", mode="hard", batch_size=8, warmup=0.0, learning_rate=1e-3)
 SOFT = Stage(name="soft", mode="soft", batch_size=8, warmup=0.0, learning_rate=1e-3, policy_learning_rate=1e-2)
@@ -120,9 +120,9 @@ def test_the_learner_teaches_itself_without_labels() -> None:
         Learner(model, HARD)(**inputs)
 
 
-def test_a_model_without_an_answer_has_nothing_to_learn_from() -> None:
-    with pytest.raises(OptionError, match="head"):
-        Learner(thresher.attach(make("bert", "base"), "first"), DISTIL)(**batch("bert"))
+def test_outputs_without_an_answer_have_nothing_to_learn_from() -> None:
+    with pytest.raises(OptionError, match="neither logits nor an embedding"):
+        distillation_loss({"pooler_output": torch.zeros(2, 3)}, {"pooler_output": torch.zeros(2, 3)})
 
 
 def test_a_stage_learns(tmp_path: Path) -> None:
@@ -338,3 +338,37 @@ def test_every_method_says_how_it_is_trained(method: str) -> None:
         assert stage.mode in ("off", "soft", "hard")
         assert stage.label_weight or stage.distil_weight
     assert stages[-1].mode == "hard"
+
+
+def test_a_model_without_a_head_learns_by_its_mean_embedding() -> None:
+    """AutoModel and mean pooling: an embedder like any other."""
+    student, teacher = make("bert", "base"), make("bert", "base", seed=1)
+    inputs = batch("bert")
+    mask = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        ours, theirs = student(**inputs), teacher(**inputs)
+    pooled = [
+        torch.stack([row[m].mean(0) for row, m in zip(out.last_hidden_state, mask, strict=True)])
+        for out in (ours, theirs)
+    ]
+    expected = (1 - torch.nn.functional.cosine_similarity(*pooled)).mean() + neighbourhood_loss(*pooled)
+    assert torch.allclose(distillation_loss(ours, theirs, mask), expected, atol=1e-5)
+    thresher.attach(student, thresher.AttentionMass())
+    learner = Learner(student, Stage(name="distil", mode="hard", label_weight=0.0, distil_weight=1.0), teacher)
+    learner(**inputs)["loss"].backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in student.parameters())
+
+
+def test_neighbourhood_loss_against_loops() -> None:
+    torch.manual_seed(0)
+    ours, theirs = torch.randn(4, 6), torch.randn(4, 6)
+    total = 0.0
+    for i in range(4):
+        unit = lambda x: x / x.norm()  # noqa: E731
+        others = [j for j in range(4) if j != i]
+        wanted = torch.tensor([float(unit(theirs[i]) @ unit(theirs[j])) / 0.05 for j in others]).softmax(0)
+        got = torch.tensor([float(unit(ours[i]) @ unit(theirs[j])) / 0.05 for j in others]).softmax(0)
+        total += float((wanted * (wanted.log() - got.log())).sum())
+    assert float(neighbourhood_loss(ours, theirs)) == pytest.approx(0.05 * total / 4, rel=1e-4)
+    assert neighbourhood_loss(ours, ours) == pytest.approx(0.0, abs=1e-6)
+    assert neighbourhood_loss(ours[:1], theirs[:1]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import partial
@@ -194,7 +195,15 @@ class Engine:
         if segments is None and ids is not None and self.entrance.segment_end is not None:
             ends = ids == self.entrance.segment_end
             segments = ((ends.cumsum(1) - ends.long()) > 0).long()
+        self._follow(like.device)
         return Pass(self, mask, segments, self._protected(ids, segments))
+
+    def _follow(self, device: torch.device) -> None:
+        """The policy is no submodule of the model, so model.to(device) does not move it."""
+        if self.policy is not None:
+            one = next(itertools.chain(self.policy.parameters(), self.policy.buffers()), None)
+            if one is not None and one.device != device:
+                self.policy.to(device)
 
     def _protected(self, ids: Tensor | None, segments: Tensor | None) -> Tensor | None:
         if self.policy is None or self.policy.mode == "off" or _keeping.get():

@@ -10,9 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from thresher.cli.options import DATA, OUTPUT, Json, directory_to_write
-from thresher.cli.screen import Result, command, notice
+from thresher.cli.screen import Result, TokenMapView, command, notice
 from thresher.report.console import table
-from thresher.report.tokens import legend, to_terminal
 
 
 @command
@@ -70,12 +69,11 @@ def demo(
     shown: list[Any] = [table(result.title, result.columns, result.rows, result.note)]
     for search in found.searches:
         verdict = "found its section" if search.right else "found another section"
-        shown += [Text(f"\n“{search.query}” {verdict}:", style="bold"), to_terminal(search.map)]
+        shown += [Text(f"\n“{search.query}” {verdict}:", style="bold"), TokenMapView(search.map)]
     return Result(
         {"directory": str(out), **found.numbers()},
         [
             *shown,
-            legend(found.searches[0].map.layers) if found.searches else "",
             f"The model is in {out / 'model'}, the report in {out / 'report.html'}.",
             f'Next: thresher explain {out / "model"} --text "…"',
         ],

@@ -10,13 +10,17 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from thresher.errors import ThresherError
+
+if TYPE_CHECKING:
+    from thresher.report.tokens import TokenMap
 
 P = ParamSpec("P")
 
@@ -29,6 +33,24 @@ class Result:
 
     data: Any
     shown: Sequence[RenderableType]
+
+
+class TokenMapView:
+    """A token map: shaded where the console has colours, in brackets where it has none."""
+
+    def __init__(self, token_map: TokenMap) -> None:
+        self.map = token_map
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from thresher.report.tokens import legend, to_plain, to_terminal
+
+        coloured = console.is_terminal and not console.no_color and console.color_system is not None
+        yield to_terminal(self.map) if coloured else Text(to_plain(self.map))
+        answer = f"{self.map.note}; " if self.map.note else ""
+        yield Text(f"{answer}{self.map.kept} of {len(self.map.tokens)} tokens read to the end", style="dim")
+        if coloured:
+            yield legend(self.map.layers)
+        yield Text("")
 
 
 class Interrupted(Exception):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console, ConsoleOptions, RenderableType
-from rich.text import Text
+from rich.console import RenderableType
 
 from thresher.cli.options import (
     DATA,
@@ -23,7 +21,7 @@ from thresher.cli.options import (
     assignments,
     file_to_write,
 )
-from thresher.cli.screen import Result, command, progress
+from thresher.cli.screen import Result, TokenMapView, command, progress
 from thresher.errors import OptionError
 from thresher.report.console import count, table
 
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from thresher.cli.data import Work
-    from thresher.report.tokens import TokenMap
 
 SHOWN_TEXT = 60
 
@@ -135,29 +132,11 @@ def explain(
     opened.work.encode(rows, opened.tokenizer, limit, labels=False)
     texts = [tuple(row.values()) for row in rows]
     maps = token_maps(opened.model, opened.tokenizer, texts, limit)
-    shown: list[RenderableType] = [_Shown(one) for one in maps]
+    shown: list[RenderableType] = [TokenMapView(one) for one in maps]
     if html is not None:
         write_whole(html, to_html(maps, f"What {directory} read"))
         shown.append(f"Wrote {html}.")
     return Result({"maps": [{**asdict(one), "kept": one.kept} for one in maps], "html": html and str(html)}, shown)
-
-
-class _Shown:
-    """A token map: shaded where the console has colours, in brackets where it has none."""
-
-    def __init__(self, token_map: TokenMap) -> None:
-        self.map = token_map
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        from thresher.report.tokens import legend, to_plain, to_terminal
-
-        coloured = console.is_terminal and not console.no_color and console.color_system is not None
-        yield to_terminal(self.map) if coloured else Text(to_plain(self.map))
-        answer = f"{self.map.note}; " if self.map.note else ""
-        yield Text(f"{answer}{self.map.kept} of {len(self.map.tokens)} tokens read to the end", style="dim")
-        if coloured:
-            yield legend(self.map.layers)
-        yield Text("")
 
 
 def _given(text: list[str] | None, pair: list[str] | None) -> datasets.Dataset:

@@ -97,21 +97,24 @@ def run_packed(model: Any, rows: datasets.Dataset, **options: Any) -> Run:
 
 def answers(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """What a model says about a batch, see `said`."""
-    return said(model(**batch) if find_encoder(model) is model else model(dict(batch)))
+    return said(model(**batch) if find_encoder(model) is model else model(dict(batch)), batch.get("attention_mask"))
 
 
-def said(outputs: Any) -> torch.Tensor:
+def said(outputs: Any, mask: torch.Tensor | None = None) -> torch.Tensor:
     """The logits [B, ...] of a Hugging Face model (start and end logits side by side, [B, N, 2]), the embeddings [B, D] of a
-    SentenceTransformer, the scores of a CrossEncoder.
+    SentenceTransformer, the scores of a CrossEncoder; of a model without a head the mean over the real tokens, [B, D].
 
-    Raises OptionError for a model without a head.
+    Raises OptionError when the outputs hold none of these.
     """
     for name in ("logits", "sentence_embedding", "scores"):
         if name in outputs and outputs[name] is not None:
             return outputs[name]  # type: ignore[no-any-return]
     if "start_logits" in outputs:
         return torch.stack([outputs["start_logits"], outputs["end_logits"]], -1)
-    raise OptionError("The model has neither logits nor a sentence embedding; give one with a head.")
+    if "last_hidden_state" in outputs and mask is not None:
+        weights = mask.unsqueeze(-1).to(outputs["last_hidden_state"].dtype)
+        return (outputs["last_hidden_state"] * weights).sum(1) / weights.sum(1).clamp(min=1)
+    raise OptionError("The model has neither logits nor an embedding to compare; give one with a known head.")
 
 
 def _same_width(parts: list[np.ndarray]) -> list[np.ndarray]:

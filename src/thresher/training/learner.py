@@ -33,8 +33,8 @@ def distillation_loss(student: Any, teacher: Any, mask: Tensor | None = None) ->
     Sentence embeddings: 1 - cosine, plus what `neighbourhood_loss` says. One logit: the squared difference. Several:
     KL(teacher || student); of token logits over the real tokens, of span logits over the positions of each row.
     """
-    ours, theirs = said(student).float(), said(teacher).float()
-    if "sentence_embedding" in student:
+    ours, theirs = said(student, mask).float(), said(teacher, mask).float()
+    if "sentence_embedding" in student or "last_hidden_state" in student:
         return (1 - F.cosine_similarity(ours, theirs, dim=-1)).mean() + neighbourhood_loss(ours, theirs)
     if "start_logits" in student:
         assert mask is not None
@@ -91,7 +91,7 @@ class Learner(nn.Module):
             batch = {k: v for k, v in batch.items() if k not in LABELS}
         with tracing() as traces:
             outputs = self._call(self.model, dict(batch))
-        answers = said(outputs)
+        answers = said(outputs, batch.get("attention_mask"))
         loss = answers.new_zeros((), dtype=torch.float32)
         if stage.label_weight:
             if outputs.get("loss") is None:

@@ -1,0 +1,75 @@
+"""What the README and the docs say: figures are those of the records, and the code in them runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from helpers import make
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def records() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("records", ROOT / "benchmarks" / "records.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/experiments.md"])
+def test_figures_are_those_of_the_records(records: ModuleType, name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert "<!-- figures:" in text
+    assert records.fill(text) == text, f"run `python benchmarks/records.py --write` to bring {name} up to date"
+
+
+def test_every_record_is_whole(records: ModuleType) -> None:
+    fields = {"id", "what", "value", "unit", "target", "baseline", "spread", "command", "data", "split"}
+    fields |= {"examples", "seeds", "machine", "versions", "date", "note"}
+    entries = records.all_entries()
+    assert entries
+    for entry in entries.values():
+        assert set(entry) == fields
+        script = ROOT / entry["command"].split()[1]
+        assert script.is_file(), f"{entry['id']} names a script that is not there"
+        assert records.holds(entry) in (True, False, None)
+
+
+def test_a_missed_target_says_so(records: ModuleType) -> None:
+    entry = {"what": "x", "value": 0.7, "unit": "x", "target": ">= 0.8", "spread": None, "baseline": ""}
+    assert "**missed**" in records.markdown([entry])
+    assert "**missed**" not in records.markdown([{**entry, "target": "<= 0.8"}])
+
+
+def test_the_five_lines_of_the_readme_run(tmp_path: Path) -> None:
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert code
+    make("bert").save_pretrained(tmp_path / "my-model")
+    done = subprocess.run([sys.executable, "-c", code[1]], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "my-model-fast" / "thresher.json").is_file()
+
+
+def test_every_target_the_readme_names_is_in_the_makefile() -> None:
+    named = set(re.findall(r"^make ([\w-]+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert {"demo", "test"} <= named
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in named)
+
+
+def test_make_knows_its_targets() -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    done = subprocess.run(["make", "--dry-run", "test", "demo", "lint"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
