@@ -112,8 +112,9 @@ def said(outputs: Any, mask: torch.Tensor | None = None) -> torch.Tensor:
     if "start_logits" in outputs:
         return torch.stack([outputs["start_logits"], outputs["end_logits"]], -1)
     if "last_hidden_state" in outputs and mask is not None:
-        weights = mask.unsqueeze(-1).to(outputs["last_hidden_state"].dtype)
-        return (outputs["last_hidden_state"] * weights).sum(1) / weights.sum(1).clamp(min=1)
+        hidden: torch.Tensor = outputs["last_hidden_state"]
+        weights = mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
     raise OptionError("The model has neither logits nor an embedding to compare; give one with a known head.")
 
 
