@@ -31,9 +31,14 @@ def splits(name: str, data_dir: Path, tokenizer, *, train: int, calibration: int
     last = "test" if name == "imdb" else "validation"
     held_out = load_rows(data_dir / name, split=last).shuffle(seed=SPLIT_SEED)
     task = TextTask.infer(rows)
+    held_out_train = rows.select(range(HELD_OUT))
+    if name == "sst2":
+        # The training rows are mostly phrases, the validation split is whole sentences: calibrate on what is as long.
+        text = SETTINGS[name][0]
+        held_out_train = held_out_train.filter(lambda row: len(row[text].split()) >= 12)
     parts = (
         rows.select(range(HELD_OUT, min(HELD_OUT + train, len(rows)))),
-        rows.select(range(calibration)),
+        held_out_train.select(range(min(calibration, len(held_out_train)))),
         held_out.select(range(min(test, len(held_out)))),
     )
     return task, *(task.encode(part, tokenizer, max_tokens).rows for part in parts)
@@ -54,6 +59,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=500)
     parser.add_argument("--test", type=int, default=5_000)
     parser.add_argument("--penalty", type=float, default=0.1)
+    parser.add_argument("--threshold", type=float, default=0.01)
     parser.add_argument("--temperature", type=float, default=5e-4)
     parser.add_argument("--stage", action="append", default=[], help="e.g. soft.epochs=0.5")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -74,7 +80,7 @@ def main() -> None:
             baseline = score(task, run_packed(model, test).predictions, test)
         model = fit(
             model,
-            thresher.LTP(penalty=args.penalty, temperature=args.temperature),
+            thresher.LTP(threshold=args.threshold, penalty=args.penalty, temperature=args.temperature),
             train,
             tokenizer,
             args.out / f"seed-{seed}",
@@ -97,8 +103,8 @@ def main() -> None:
         "examples": len(test),
         "seeds": args.seeds,
         "note": f"MiniLM-L6, {SETTINGS[args.name][3]} tokens; stages on {len(train)} of the start's rows; settings "
-        f"{' '.join(args.stage) or 'default'}, penalty {args.penalty}, temperature {args.temperature}; "
-        f"calibrated on {len(calibration)} held-out rows",
+        f"{' '.join(args.stage) or 'default'}, threshold {args.threshold}, penalty {args.penalty}, temperature "
+        f"{args.temperature}; calibrated on {len(calibration)} held-out rows",
     }
     target = {"imdb": ">= 2.5", "sst2": ">= 1.5"}[args.name]
     mean = lambda xs: sum(xs) / len(xs)  # noqa: E731
