@@ -36,18 +36,16 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.start)
-    rows = (
-        load_rows(args.data_dir / "imdb", split="train")
-        .shuffle(seed=SPLIT_SEED)
-        .select(range(HELD_OUT, HELD_OUT + 8_000))
-    )
+    shuffled = load_rows(args.data_dir / "imdb", split="train").shuffle(seed=SPLIT_SEED)
+    unseen, rows = shuffled.select(range(HELD_OUT)), shuffled.select(range(HELD_OUT, HELD_OUT + 8_000))
     test = load_rows(args.data_dir / "imdb", split="test").shuffle(seed=SPLIT_SEED).select(range(6_000))
     task = TextTask.infer(rows)
-    rows, test = (task.encode(part, tokenizer, 512).rows for part in (rows, test))
+    unseen, rows, test = (task.encode(part, tokenizer, 512).rows for part in (unseen, rows, test))
     lengths = np.array([len(ids) for ids in rows["input_ids"]])
     median, third = np.quantile(lengths, 0.5), np.quantile(lengths, 0.75)
-    short = rows.select(np.flatnonzero(lengths <= median)[: args.train + 200])
-    train, calibration = short.select(range(args.train)), short.select(range(args.train, args.train + 200))
+    train = rows.select(np.flatnonzero(lengths <= median)[: args.train])
+    unseen_lengths = np.array([len(ids) for ids in unseen["input_ids"]])
+    calibration = unseen.select(np.flatnonzero(unseen_lengths <= median)[:200])
     test_lengths = np.array([len(ids) for ids in test["input_ids"]])
     parts = {
         "short": test.select(np.flatnonzero(test_lengths <= median)[: args.test]),
@@ -95,7 +93,8 @@ def main() -> None:
                 seeds=[0],
                 spread={"flops_speedup": round(found.speedup, 3)},
                 note=f"MiniLM-L6, at most 512 tokens; short <= {median:.0f} tokens, long > {third:.0f}; {len(train)} training "
-                f"rows a stage, set to {args.speedup}x on 200 short rows",
+                f"rows a stage, set to {args.speedup}x on 200 held-out short rows; the start itself was "
+                "fine-tuned on reviews of every length, cut at 256 tokens",
             )
 
 

@@ -167,10 +167,10 @@ def test_without_a_quality_answers_are_compared(rows: Any) -> None:
 
 def test_agreement_of_single_values_is_the_share_of_variance() -> None:
     packed = np.array([[0.0], [1.0], [2.0]])
-    judge = calibration._agreement(packed)
+    judge = calibration._agreement(packed, make("bert", "base"))
     assert judge(packed) == 1.0
     assert judge(packed + 0.5) == pytest.approx(1 - 0.25 / (2 / 3))
-    classes = calibration._agreement(np.array([[1.0, 0.0], [0.0, 1.0]]))
+    classes = calibration._agreement(np.array([[1.0, 0.0], [0.0, 1.0]]), make("bert"))
     assert classes(np.array([[2.0, 0.0], [3.0, 1.0]])) == 0.5
 
 
@@ -216,3 +216,14 @@ def test_a_base_model_by_a_prediction_of_ones_own(rows: Any) -> None:
     assert run(model, rows, predict=pooled).predictions.shape == (40, HIDDEN)
     assert calibrate(model, rows, speedup=1.3, predict=pooled).speedup >= 1.3
     assert batch("bert")["input_ids"].shape[0] == 4
+
+
+def test_a_loss_is_counted_from_the_reference(rows: Any) -> None:
+    """What training itself lost counts too: here everything, so no setting holds."""
+    model = attached("attention-mass")
+    worse = lambda predictions: 0.4  # noqa: E731
+    assert calibrate(model, rows, max_loss=0.0, quality=worse).baseline == 0.4
+    better = run_packed(model, rows).predictions + 100.0
+    quality = lambda predictions: 0.9 if predictions.min() > 50 else 0.4  # noqa: E731
+    with pytest.raises(TargetError, match="0.4000"):
+        calibrate(model, rows, max_loss=0.1, quality=quality, reference=better)

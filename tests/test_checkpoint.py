@@ -433,3 +433,27 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         model.save_pretrained(tmp_path / "model" / "below")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_validate_does_not_pass_on_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = thresher.attach(make("bert", "question-answering"))
+    with torch.no_grad():
+        model.qa_outputs.bias.fill_(float("nan"))
+    with pytest.raises(ThresherError, match="differ"):
+        thresher.validate(model, batch("bert"))
+
+
+def test_a_sentence_transformer_is_saved_whole_or_not_at_all(
+    minilm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    model = thresher.attach(SentenceTransformer(minilm, device="cpu"), thresher.AttentionMass())
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(model.tokenizer), "save_pretrained", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        thresher.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

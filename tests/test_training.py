@@ -259,6 +259,47 @@ def test_a_finished_stage_is_not_run_again(tmp_path: Path) -> None:
     torch.testing.assert_close(policy_of(whole).theta, policy_of(resumed).theta)
 
 
+def test_an_unfinished_run_is_not_mixed_with_another(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        fitted(tmp_path, on_stage=stop_at("hard"))
+    with pytest.raises(OptionError, match="other settings"):
+        fitted(tmp_path, overrides={"hard.learning_rate": 0.5})
+
+
+def test_a_half_saved_stage_runs_again(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        fitted(tmp_path, on_stage=stop_at("hard"))
+    (tmp_path / "training" / "1-soft" / "done" / checkpoint.SETTINGS).unlink()
+    seen: list[str] = []
+    fitted(tmp_path, on_stage=lambda s: seen.append(s.name))
+    assert seen == ["soft", "hard"]
+
+
+def test_accumulating_is_the_same_as_a_larger_batch(tmp_path: Path) -> None:
+    inputs, said = batch("bert"), []
+    for size, steps in ((8, 1), (2, 4)):
+        model = thresher.attach(make("bert"), thresher.AttentionMass())
+        stage = Stage(**{**HARD.__dict__, "batch_size": size})
+        run_stage(
+            model,
+            stage,
+            dataset(16),
+            tokenizer(),
+            tmp_path / str(size),
+            gradient_accumulation_steps=steps,
+            optim="sgd",
+            **QUIET,
+        )
+        said.append(outputs_of(model, inputs))
+    assert worst(*said) <= 1e-4
+
+
+@pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("epochs", 0), ("learning_rate", float("nan"))])
+def test_a_stage_that_cannot_run_is_refused(name: str, value: float) -> None:
+    with pytest.raises(OptionError, match=name):
+        Stage(**{**HARD.__dict__, name: value})
+
+
 def stop_at(name: str) -> Any:
     def stop(stage: Stage) -> None:
         if stage.name == name:
@@ -281,7 +322,7 @@ def test_fine_tuning_comes_first_and_drops_nothing(tmp_path: Path) -> None:
     seen: list[tuple[str, str]] = []
     fitted(tmp_path, fine_tune=True, max_steps=1, on_stage=lambda s: seen.append((s.name, s.mode)))
     assert seen == [("fine-tune", "off"), ("soft", "soft"), ("hard", "hard")]
-    assert (tmp_path / "training" / "1-fine-tune" / "done" / checkpoint.SETTINGS).is_file()
+    assert not (tmp_path / "training").exists()
 
 
 def test_overrides_reach_every_stage_or_the_one_named(tmp_path: Path) -> None:

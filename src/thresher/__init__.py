@@ -65,7 +65,14 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULE:
         raise AttributeError(f"module 'thresher' has no attribute {name!r}")
-    return getattr(import_module(_MODULE[name]), name)
+    try:
+        return getattr(import_module(_MODULE[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name in ("datasets", "accelerate"):
+            from thresher.errors import ThresherError
+
+            raise ThresherError(f'thresher.{name} needs {error.name}; run pip install "thresher[train]".') from error
+        raise
 
 
 def __dir__() -> list[str]:

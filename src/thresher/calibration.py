@@ -38,6 +38,7 @@ def calibrate(
     speedup: float | None = None,
     max_loss: float | None = None,
     quality: Quality | None = None,
+    reference: np.ndarray | None = None,
     batch_size: int = 32,
     tolerance: float = 0.01,
     predict: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor] | None = None,
@@ -48,6 +49,8 @@ def calibrate(
         (0.01 = one point of accuracy) below the packed model that drops nothing; the fastest setting that holds is taken.
     quality: from predictions [n, ...] in row order to a number, higher is better. Without it, agreement with the undropped
         model: the share of equal classes, tags or span ends; for values and embeddings 1 - normalised squared difference.
+    reference: predictions on `rows` that a loss is counted from; by default those of this model with nothing dropped. After
+        training give those of the model before it, or a loss that training itself brought goes unseen.
     Raises TargetError, naming the nearest that can be had, when the target cannot be met; the model is then unchanged.
     """
     if (speedup is None) == (max_loss is None):
@@ -66,9 +69,10 @@ def calibrate(
             baseline = None
         else:
             assert max_loss is not None
-            packed = run_packed(model, rows, **search.options)
-            judge = quality or _agreement(packed.predictions, model)
-            baseline = float(judge(packed.predictions))
+            if reference is None:
+                reference = run_packed(model, rows, **search.options).predictions
+            judge = quality or _agreement(reference, model)
+            baseline = float(judge(reference))
             found = _to_loss(search, judge, baseline - max_loss)
     except BaseException:
         set_config(model, before)
@@ -112,7 +116,7 @@ def _to_speedup(search: _Search, target: float, tolerance: float) -> tuple[float
             )
     for _ in range(20):
         ratio = search.at(high).speedup / target
-        if 1.0 <= ratio <= 1.0 + tolerance:
+        if 1.0 <= ratio <= 1.0 + tolerance or high - low < 1e-3 * high:
             break
         # Strength acts like an exponent or a scale: halve the interval in the logarithm once it is away from zero.
         middle = math.sqrt(low * high) if low > 0 else high / 2

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,36 @@ SETTINGS = "thresher.json"
 WEIGHTS = "thresher.safetensors"
 
 
+@contextlib.contextmanager
+def staged(directory: Any) -> Iterator[Path]:
+    """A folder inside `directory` to write to; what was written moves into place when the block ends well.
+
+    A failure leaves no trace and what was there before. Raises CheckpointError with the reason.
+    """
+    target = Path(directory)
+    new = not target.exists()
+    staging = None
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        # Inside the target: a mount point's parent may be another file system, or not ours to write to.
+        staging = Path(tempfile.mkdtemp(prefix=".thresher-", dir=target))
+        yield staging
+        files = [f for f in staging.rglob("*") if f.is_file()]
+        for file in sorted(files, key=lambda f: f.name == SETTINGS):  # the settings last: they vouch for the rest
+            place = target / file.relative_to(staging)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
+        new = False
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"Could not write the model to {target}: {error}.") from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        if new:
+            with contextlib.suppress(OSError):
+                target.rmdir()
+
+
 def write(
     directory: Any,
     write_plain: Callable[[str], object],
@@ -33,12 +64,8 @@ def write(
     outer: str,
     notes: dict[str, Any],
 ) -> None:
-    """Write everything to a temporary folder beside `directory`, then move it in: on a failure nothing is half-written."""
-    target = Path(directory)
-    staging = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    """Write the plain checkpoint and what Thresher keeps beside it, all or nothing."""
+    with staged(directory) as staging:
         write_plain(str(staging))
         state = {k: v.detach().cpu().contiguous() for k, v in policy.state_dict().items()} if policy else {}
         safetensors.torch.save_file(state, staging / WEIGHTS)
@@ -52,16 +79,6 @@ def write(
             "notes": notes,
         }
         (staging / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        target.mkdir(exist_ok=True)
-        for file in sorted(
-            staging.iterdir(), key=lambda f: f.name == SETTINGS
-        ):  # the settings last: they vouch for the rest
-            os.replace(file, target / file.name)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"Could not write the model to {target}: {error}; nothing was changed there.") from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:
@@ -158,4 +175,4 @@ def read(directory: Any) -> Saved:
     return Saved(path, config, model_class, outer, notes)
 
 
-__all__ = ["SETTINGS", "WEIGHTS", "Saved", "mismatch", "read", "write"]
+__all__ = ["SETTINGS", "WEIGHTS", "Saved", "mismatch", "read", "staged", "write"]

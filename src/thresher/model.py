@@ -122,9 +122,10 @@ def _save_pretrained(encoder: PreTrainedModel, save_directory: Any, **options: A
 
 
 def save(model: Any, directory: Any) -> None:
-    """Write the model with its policy; the same as model.save_pretrained(directory)."""
+    """Write the model with its policy, all or nothing; otherwise the same as model.save_pretrained(directory)."""
     attachment_of(model)
-    model.save_pretrained(str(directory))
+    with checkpoint.staged(directory) as staging:
+        model.save_pretrained(str(staging))
 
 
 def load(directory: Any, *, device: str | torch.device | None = None) -> Any:
@@ -172,7 +173,7 @@ def validate(model: Any, inputs: Mapping[str, Tensor] | Sequence[Any], tolerance
             got = _outputs(model, inputs)
     differences = {name: float((expected[name] - got[name]).abs().max()) for name in expected}
     result = Validation(differences, tolerance)
-    if not result.worst <= tolerance:
+    if not differences or not all(d <= tolerance for d in differences.values()):
         raise ThresherError(
             f"Packed and stock outputs differ by {result.worst:.2g} (allowed {tolerance:.2g}), so this model must not be run "
             "packed; please report its family and your transformers version."

@@ -74,7 +74,6 @@ class PackedTokens:
     hidden: [T, D].
     layout: where the T tokens lie.
     log_weight: [T] added to every attention logit on that key, or None. Soft removal is a negative number here.
-    frozen: [T] bool or None; a frozen token is still attended to but no longer updated.
     alive: [T] bool or None. None means that a drop is physical. A tensor means that drops are simulated: the
         token stays in place, invisible as a key and ignored as a query (the path that gradients and tests compare).
     departed: states of dropped tokens with their flat index, when `carry` asks for them at the end.
@@ -83,7 +82,6 @@ class PackedTokens:
     hidden: Tensor
     layout: Layout
     log_weight: Tensor | None = None
-    frozen: Tensor | None = None
     alive: Tensor | None = None
     carry: bool = False
     departed: tuple[tuple[Tensor, Tensor], ...] = ()
@@ -166,7 +164,6 @@ class PackedTokens:
             hidden=self.hidden[index],
             layout=self.layout.select(index),
             log_weight=None if self.log_weight is None else self.log_weight[index],
-            frozen=None if self.frozen is None else self.frozen[index],
             departed=departed,
         )
 

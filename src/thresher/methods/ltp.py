@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from thresher.attention import Evidence, Wanted
+from thresher.attention import NOTHING, Evidence, Wanted
 from thresher.errors import OptionError
 from thresher.packed import PackedTokens
 from thresher.parts.rules import keep_above
@@ -66,7 +66,7 @@ class LTP(Thresholds):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.temperature <= 0 or self.penalty < 0:
+        if not (self.temperature > 0 and self.penalty >= 0):
             raise OptionError("temperature must be above 0 and penalty at least 0.")
 
 
@@ -85,14 +85,14 @@ class ThresholdPolicy(Policy[Thresholds]):
         self.register_buffer("theta", start, persistent=False)
 
     def wants(self, layer: int) -> Wanted:
-        return Wanted(mass=True)
+        return NOTHING if self.mode == "hard" and self.config.strength == 0 else Wanted(mass=True)
 
     def score(self, tokens: PackedTokens, evidence: Evidence) -> Tensor:
         mass = attention_mass(tokens, evidence)
         return relative(mass, tokens) if self.config.relative else mass
 
     def act(self, point: Point, layer: int, tokens: PackedTokens, evidence: Evidence, trace: Trace) -> PackedTokens:
-        if point is not Point.AFTER_ATTENTION:
+        if point is not Point.AFTER_ATTENTION or self.config.strength == 0:
             return tokens
         return tokens.keep(keep_above(self.score(tokens, evidence), self.theta[layer - 1] * self.config.strength))
 

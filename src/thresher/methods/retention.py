@@ -69,19 +69,14 @@ class AttentionMass(Retention):
     off_diagonal: leave out what a token gives itself, as PoWER-BERT does.
     counts: instead of fractions, the number of tokens each layer keeps of any row, as PoWER-BERT and LAT write their
     retention configurations; divided by strength.
-    neighbours: compare a token with this many on either side instead of with the whole row; 0 for the whole row. For
-    encoders whose attention drifts with position.
     """
 
     method: ClassVar[str] = "attention-mass"
     off_diagonal: bool = False
     counts: tuple[int, ...] | None = None
-    neighbours: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.neighbours < 0:
-            raise OptionError(f"neighbours must be at least 0, not {self.neighbours!r}.")
         if self.counts is None:
             return
         if self.retention is not None:
@@ -174,8 +169,6 @@ class RetentionPolicy(Policy[Retention]):
         if point is not Point.AFTER_ATTENTION or not self._drops_at(layer):
             return tokens
         score, fraction = self.score(tokens, evidence), self.fractions[layer - 1]
-        if reach := getattr(self.config, "neighbours", 0):
-            score = scores.among_neighbours(score, tokens, reach)
         if self.counts is not None:
             return tokens.keep(keep_count(score, tokens, self.counts[layer - 1]))
         return tokens.keep(keep_fraction(score, tokens, fraction, self.config.min_tokens))

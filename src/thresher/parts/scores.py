@@ -59,29 +59,6 @@ def relative(score: Tensor, tokens: PackedTokens) -> Tensor:
     return score / top[tokens.layout.rows].clamp(min=1e-12)
 
 
-def among_neighbours(score: Tensor, tokens: PackedTokens, reach: int) -> Tensor:
-    """score / its mean over the tokens at most `reach` places before and after that are still read, in the same row.
-
-    Attention received drifts with position in many encoders (all-MiniLM-L6-v2 gives places beyond the 128 it was trained on
-    far more than their share); a token should be compared with its neighbours.
-    """
-    if tokens.alive is None:
-        return score / _moving_mean(score, tokens.layout.lengths, tokens.layout.rows, reach)
-    index = tokens.alive.nonzero().squeeze(1)
-    mean = _moving_mean(score[index], tokens.lengths, tokens.layout.rows[index], reach)
-    return score.index_copy(0, index, score[index] / mean)
-
-
-def _moving_mean(score: Tensor, lengths: Tensor, rows: Tensor, reach: int) -> Tensor:
-    # In float64, so that what stands before a row in the batch leaves no trace in its differences.
-    total = torch.cat([score.new_zeros(1, dtype=torch.float64), score.double().cumsum(0)])
-    ends = lengths.cumsum(0)
-    place = torch.arange(len(score), device=score.device)
-    low = torch.maximum(place - reach, (ends - lengths)[rows])
-    high = torch.minimum(place + reach + 1, ends[rows])
-    return ((total[high] - total[low]) / (high - low)).clamp(min=1e-12).to(score.dtype)
-
-
 SCORES: dict[str, tuple[Score, Wanted]] = {
     "attention-mass": (attention_mass, Wanted(mass=True)),
     "attention-mass-off-diagonal": (attention_mass_off_diagonal, Wanted(mass=True, diagonal=True)),

@@ -68,6 +68,9 @@ class Learner(nn.Module):
     forward(**batch) → {"loss", "logits"}; batch is what the model takes, with labels where the stage uses them.
     """
 
+    # Else Trainer thinks that **batch takes num_items_in_batch and leaves the loss undivided when accumulating.
+    accepts_loss_kwargs = False
+
     def __init__(self, model: Any, stage: Stage, teacher: Any = None) -> None:
         super().__init__()
         attachment = attachment_of(model)

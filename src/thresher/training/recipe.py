@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import datasets
 from thresher import checkpoint
 from thresher.calibration import Calibration, Quality, calibrate
 from thresher.errors import OptionError, TargetError, nearest
+from thresher.measure.run import run_packed
 from thresher.model import attach, attachment_of, find_encoder, policy_of, save, set_config
 from thresher.policy import PolicyConfig, Stage
 from thresher.training.learner import stock_copy
@@ -48,7 +50,8 @@ def fit(
     fine_tune: begin with ordinary fine-tuning, for a model whose head is new.
     stages: instead of the method's own. overrides: settings for every stage ({"epochs": 2}) or one
     ({"soft.learning_rate": 1e-4}). A run that was interrupted goes on where it stopped when called again with the same
-    directory. notes: saved with the model (`attachment_of(model).notes`), e.g. what task it was trained for.
+    directory; OptionError if it was called with other settings there.
+    notes: saved with the model (`attachment_of(model).notes`), e.g. what task it was trained for.
     arguments: anything else run_stage takes.
     """
     work = Path(directory) / "training"
@@ -61,12 +64,16 @@ def fit(
     targeted = speedup is not None or max_loss is not None
     if targeted and validation is None:
         raise OptionError("A target needs validation rows to be met on; give validation=.")
-    teacher = None
+    _same_run(work, model, plan, rows, seed)
+    teacher = reference = None
     for number, stage in enumerate(plan, start=1):
         done = work / f"{number}-{stage.name}" / "done"
         if stage.distil_weight and teacher is None:  # also when this stage is done: later ones have it
             teacher = stock_copy(model)
-        if done.is_dir():
+        if max_loss is not None and reference is None and stage.name != "fine-tune":
+            assert validation is not None
+            reference = run_packed(model, validation).predictions
+        if (done / checkpoint.SETTINGS).is_file():  # written last: the stage was saved whole
             _take_over(model, done)
             continue
         if stage.mode == "hard" and validation is not None and targeted:
@@ -78,10 +85,36 @@ def fit(
         for old in done.parent.glob("checkpoint-*"):
             shutil.rmtree(old, ignore_errors=True)
     if validation is not None and targeted:
-        calibrate(model, validation, speedup=speedup, max_loss=max_loss, quality=quality)
+        calibrate(model, validation, speedup=speedup, max_loss=max_loss, quality=quality, reference=reference)
     save(model, directory)
+    shutil.rmtree(work, ignore_errors=True)
     tokenizer.save_pretrained(str(directory))
     return model
+
+
+def _same_run(work: Path, model: Any, plan: tuple[Stage, ...], rows: datasets.Dataset, seed: int) -> None:
+    """Refuse to go on with what another run has begun in the same place; a target may change, finished stages serve any."""
+    config = policy_of(model).config
+    ends = [rows[i]["input_ids"] for i in (0, -1)] if len(rows) else []
+    settings = {
+        "method": config.method,
+        "config": config.to_dict(),
+        "stages": [dataclasses.asdict(stage) for stage in plan],
+        "rows": [len(rows), ends],
+        "seed": seed,
+    }
+    settings = json.loads(json.dumps(settings))
+    file = work / "fit.json"
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = [name for name in settings if before.get(name) != settings[name]]
+        if changed:
+            raise OptionError(
+                f"{work} holds an unfinished run with other settings ({', '.join(changed)}); remove it, or "
+                "give another directory."
+            )
+    work.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
 
 def _first_drop(model: Any, validation: datasets.Dataset, speedup: float | None) -> None:

@@ -115,9 +115,13 @@ def run_stage(
         "dataloader_pin_memory": torch.cuda.is_available(),
         "log_level": "error",
     }
+    settings = TrainingArguments(**{**options, **arguments})
+    settings._n_gpu = min(
+        settings.n_gpu, 1
+    )  # DataParallel would copy the hooks with the model; several GPUs are torchrun's
     trainer = _StageTrainer(
         learner,
-        TrainingArguments(**{**options, **arguments}),
+        settings,
         train_dataset=rows,
         data_collator=collator(tokenizer),
         callbacks=list(callbacks),
