@@ -42,7 +42,10 @@ def _set(variable: ContextVar[bool]) -> Iterator[None]:
 
 
 def stock() -> contextlib.AbstractContextManager[None]:
-    """Inside this block attached models run as Hugging Face wrote them: padded, nothing dropped."""
+    """Inside this block attached models run as Hugging Face wrote them: padded (with SDPA attention), nothing dropped.
+
+    Like the blocks below it holds for this thread's context; carry it into a pool with contextvars.copy_context().run.
+    """
     return _set(_bypassed)
 
 

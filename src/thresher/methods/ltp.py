@@ -55,7 +55,9 @@ class RelativeThreshold(Thresholds):
 
 @dataclass(frozen=True, kw_only=True)
 class LTP(Thresholds):
-    """Learned thresholds. `threshold` is where the last layer starts (layer l starts at threshold * l / L).
+    """Learned Token Pruning: drop what receives less attention than a threshold learned for each layer.
+
+    `threshold` is where the last layer starts (layer l starts at threshold * l / L).
 
     temperature: T of the soft mask. penalty: lambda, the weight of the mean mask in the soft stage's loss.
     """

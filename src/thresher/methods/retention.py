@@ -64,7 +64,7 @@ class Retention(PolicyConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionMass(Retention):
-    """Keep the tokens that receive most attention (METHODS: PoWER-BERT eq. 1, LAT). Works without any training.
+    """Keep the tokens that receive most attention (the score of PoWER-BERT and LAT). Works without any training.
 
     off_diagonal: leave out what a token gives itself, as PoWER-BERT does.
     counts: instead of fractions, the number of tokens each layer keeps of any row, as PoWER-BERT and LAT write their
