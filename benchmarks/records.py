@@ -114,7 +114,7 @@ def headline(entries: dict[str, dict[str, Any]]) -> str:
 
 def markdown(entries: list[dict[str, Any]]) -> str:
     """A table of records, the missed targets marked as missed."""
-    lines = ["| what | value | target | holds | against |", "|---|---|---|---|---|"]
+    lines = ["| record | what | value | target | holds | against |", "|---|---|---|---|---|---|"]
     for entry in entries:
         verdict = {True: "yes", False: "**missed**", None: ""}[holds(entry)]
         spread = entry["spread"]
@@ -122,9 +122,12 @@ def markdown(entries: list[dict[str, Any]]) -> str:
         if isinstance(spread, dict):
             detail = " (" + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in spread.items()) + ")"
         elif isinstance(spread, list) and len(spread) > 1:
-            detail = " (" + ", ".join(f"{v:.4g}" for v in spread) + ")"
+            kind = "seeds" if len(entry["seeds"]) > 1 else "quartiles"
+            detail = f" ({kind} " + ", ".join(f"{v:.4g}" for v in spread) + ")"
         value = f"{entry['value']:.4g} {entry['unit']}{detail}"
-        lines.append(f"| {entry['what']} | {value} | {entry['target'] or ''} | {verdict} | {entry['baseline']} |")
+        lines.append(
+            f"| {entry['id']} | {entry['what']} | {value} | {entry['target'] or ''} | {verdict} | {entry['baseline']} |"
+        )
     return "\n".join(lines)
 
 

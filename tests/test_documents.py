@@ -47,7 +47,16 @@ def test_every_record_is_whole(records: ModuleType) -> None:
 
 
 def test_a_missed_target_says_so(records: ModuleType) -> None:
-    entry = {"what": "x", "value": 0.7, "unit": "x", "target": ">= 0.8", "spread": None, "baseline": ""}
+    entry = {
+        "id": "x",
+        "what": "x",
+        "seeds": [0],
+        "value": 0.7,
+        "unit": "x",
+        "target": ">= 0.8",
+        "spread": None,
+        "baseline": "",
+    }
     assert "**missed**" in records.markdown([entry])
     assert "**missed**" not in records.markdown([{**entry, "target": "<= 0.8"}])
 

@@ -145,14 +145,12 @@ def test_simulated_and_physical_drops_restore_the_same(case: Case) -> None:
 def test_what_a_token_carries_stays_with_it(case: Case) -> None:
     tokens = case.pack()
     weight = tokens.layout.flat.to(torch.float32)
-    tokens = PackedTokens(tokens.hidden, tokens.layout, log_weight=weight, frozen=weight > 3)
+    tokens = PackedTokens(tokens.hidden, tokens.layout, log_weight=weight)
     for wanted in case.keeps:
         tokens = tokens.keep(torch.tensor([wanted[p] for p in every_place(tokens)]))
         layout = tokens.layout
         assert tokens.log_weight is not None
-        assert tokens.frozen is not None
         assert tokens.log_weight.tolist() == layout.flat.tolist()
-        assert tokens.frozen.tolist() == [f > 3 for f in layout.flat.tolist()]
         assert tokens.segments.tolist() == [p % 2 for p in layout.positions.tolist()]
         safe = Naive(case).safe
         assert layout.protected.tolist() == [p in safe for p in every_place(tokens)]
