@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -163,6 +164,7 @@ def run_demo(
     _time(model, documents, rounds, result)
     on_step(f"6/6 Saving the model to {out}")
     save(model, out / "model")
+    shutil.rmtree(out / "training", ignore_errors=True)
     result.searches = _sample_searches(model, task, questions, embedded)
     write_report(report_of(result), out / "report.html")
     return result
