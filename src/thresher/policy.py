@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from thresher.attention import NOTHING, Evidence, Wanted
+from thresher.backbones.general import Geometry as Geometry
 from thresher.errors import OptionError, nearest
 from thresher.packed import PackedTokens
 
@@ -26,17 +27,6 @@ class Point(Enum):
     BEFORE_LAYER = "before layer"
     AFTER_ATTENTION = "after attention"
     AFTER_LAYER = "after layer"
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The sizes of an encoder that policies and the FLOPs count need. Layers are counted 1..layers."""
-
-    layers: int
-    hidden: int
-    heads: int
-    intermediate: int
-    gated: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,19 @@ from transformers import PreTrainedModel
 
 from thresher.errors import UnsupportedModelError
 from thresher.packed import Fill
-from thresher.policy import Geometry
 
 READS_EVERY_TOKEN = ("ForQuestionAnswering", "ForTokenClassification", "ForMaskedLM", "ForPreTraining")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of an encoder that policies and the FLOPs count need. Layers are counted 1..layers."""
+
+    layers: int
+    hidden: int
+    heads: int
+    intermediate: int
+    gated: bool = False
 
 
 @dataclass(frozen=True)
