@@ -18,6 +18,7 @@ import thresher
 from helpers import batch, dataset, make, outputs_of, settings, tokenizer, worst
 from thresher import checkpoint
 from thresher.errors import OptionError
+from thresher.measure.run import run_packed
 from thresher.methods import CONFIGS
 from thresher.model import attachment_of, is_attached, policy_of
 from thresher.policy import Stage
@@ -298,6 +299,20 @@ def test_accumulating_is_the_same_as_a_larger_batch(tmp_path: Path) -> None:
 def test_a_stage_that_cannot_run_is_refused(name: str, value: float) -> None:
     with pytest.raises(OptionError, match=name):
         Stage(**{**HARD.__dict__, name: value})
+
+
+def test_the_start_is_the_model_after_fine_tuning(tmp_path: Path) -> None:
+    """What gains are counted from: neither the untrained model nor the one that has learned to drop."""
+    validation = dataset(16, seed=5)
+    tuned = Stage(**{**HARD.__dict__, "name": "fine-tune", "mode": "off", "learning_rate": 1e-2})
+    start: list[Any] = []
+    fitted(tmp_path / "a", stages=(tuned, HARD), validation=validation, on_start=start.append)
+    alone = fitted(tmp_path / "b", stages=(tuned,))
+    expected = run_packed(alone, validation).predictions
+    assert len(start) == 1
+    assert abs(start[0] - expected).max() <= 1e-4
+    untrained = run_packed(thresher.attach(make("bert")), validation).predictions
+    assert abs(start[0] - untrained).max() > 1e-2
 
 
 def stop_at(name: str) -> Any:

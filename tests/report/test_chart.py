@@ -70,7 +70,8 @@ def test_a_log_axis_has_plain_numbers() -> None:
 )
 @pytest.mark.parametrize("log_x", [False, True])
 def test_odd_data_still_make_a_chart(series: tuple[Series, ...], log_x: bool) -> None:
-    ElementTree.fromstring(chart_svg(Chart("t", "x", "y", series, log_x=log_x)))
+    drawn = ElementTree.fromstring(chart_svg(Chart("t", "x", "y", series, log_x=log_x)))
+    assert drawn.tag.endswith("svg")
 
 
 def test_series_of_one_name_share_a_colour_and_a_label() -> None:

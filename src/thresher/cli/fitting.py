@@ -37,7 +37,6 @@ from thresher.errors import OptionError
 from thresher.report.console import count, seconds
 
 if TYPE_CHECKING:
-    import datasets
     import numpy as np
 
 
@@ -176,6 +175,7 @@ def fit(
         "stages": overrides,
         "seed": seed,
     }
+    before: list[np.ndarray] = []
     with resumable(out, run_settings):
         with progress_bar() as bar:
             fitted = train(
@@ -193,16 +193,15 @@ def fit(
                 seed=seed,
                 precision=precision,
                 notes={"task": start.work.notes()},
+                on_start=before.append,
                 on_stage=lambda now: notice(
                     f"Training stage {now.name}: {now.epochs:g} epochs, {len(encoded.rows):,} rows"
                 ),
                 progress=False,
                 callbacks=[_bar_callback(bar)],
             )
-        if fine_tune:
-            stock = _fine_tuned(out, checked.rows, batch_size, stock)
         after = run(fitted, checked.rows, batch_size=batch_size)
-    result = gains(start.work, truth, stock, after.predictions)
+    result = gains(start.work, truth, before[0], after.predictions)
     data_out: dict[str, Any] = {
         "directory": str(out),
         "method": config.method,
@@ -227,15 +226,6 @@ def fit(
             f"Next: thresher bench {out} {validation or data}",
         ],
     )
-
-
-def _fine_tuned(out: Path, rows: datasets.Dataset, batch_size: int, untrained: np.ndarray) -> np.ndarray:
-    """What the fine-tuned model said before the method came: the stock side of the comparison."""
-    import thresher
-    from thresher.measure.run import run_packed
-
-    saved = out / "training" / "1-fine-tune" / "done"
-    return run_packed(thresher.load(saved), rows, batch_size=batch_size).predictions if saved.is_dir() else untrained
 
 
 def _bar_callback(bar: Any) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 
 from thresher import checkpoint
 from thresher.calibration import Calibration, Quality, calibrate
@@ -39,6 +40,7 @@ def fit(
     overrides: Mapping[str, Any] | None = None,
     seed: int = 0,
     on_stage: Callable[[Stage], object] | None = None,
+    on_start: Callable[[np.ndarray], object] | None = None,
     notes: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> Any:
@@ -51,6 +53,8 @@ def fit(
     stages: instead of the method's own. overrides: settings for every stage ({"epochs": 2}) or one
     ({"soft.learning_rate": 1e-4}). A run that was interrupted goes on where it stopped when called again with the same
     directory; OptionError if it was called with other settings there.
+    on_start: called once with the predictions on `validation` of the model that the method starts from (fine-tuned,
+    nothing dropped): what gains and losses are counted from.
     notes: saved with the model (`attachment_of(model).notes`), e.g. what task it was trained for.
     arguments: anything else run_stage takes.
     """
@@ -70,9 +74,11 @@ def fit(
         done = work / f"{number}-{stage.name}" / "done"
         if stage.distil_weight and teacher is None:  # also when this stage is done: later ones have it
             teacher = stock_copy(model)
-        if max_loss is not None and reference is None and stage.name != "fine-tune":
-            assert validation is not None
+        wanted = max_loss is not None or on_start is not None
+        if wanted and validation is not None and reference is None and stage.name != "fine-tune":
             reference = run_packed(model, validation).predictions
+            if on_start:
+                on_start(reference)
         if (done / checkpoint.SETTINGS).is_file():  # written last: the stage was saved whole
             _take_over(model, done)
             continue
