@@ -13,14 +13,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import transformers
 from typer.testing import CliRunner, Result
 
 import thresher
 from helpers import build, config_of, tokenizer
-from thresher.cli import app
-from thresher.cli.options import convert
+from thresher.cli.commands import app
+from thresher.cli.options import convert, place_of
 from thresher.errors import OptionError
 from thresher.model import attachment_of
 from thresher.training import stages
@@ -143,6 +144,31 @@ def test_fit_with_other_columns_and_named_labels(place: Path, tmp_path: Path) ->
     # Later commands need no options, and answer with names.
     assert ok("evaluate", out, data)["rows"] == 40
     assert ok("predict", out, "--text", "w5 w6")["predictions"][0]["label"] in ("even", "odd")
+
+
+def test_stock_is_the_fine_tuned_model_that_drops_nothing(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the untrained one, whose head is noise, nor the one that has learned to drop."""
+    data = write_rows(tmp_path / "r.jsonl", [{**row, "label": row["label"] + 0.5} for row in synthetic()])
+    real, tuned = stages.run_stage, tmp_path / "tuned"
+
+    def keeping(model: Any, stage: Any, rows: Any, tokens: Any, directory: Path, **options: Any) -> Any:
+        if stage.name != "fine-tune":
+            shutil.copytree(directory.parent / "1-fine-tune" / "done", tuned)
+            tokens.save_pretrained(tuned)
+        return real(model, stage, rows, tokens, directory, **options)
+
+    monkeypatch.setattr(import_module("thresher.training.recipe"), "run_stage", keeping)
+    said = ok("fit", place / "base", data, "--validation", data, "--fine-tune", "--method", "first", "--speedup", 1.3,
+              "--stage", "learning_rate=1e-2", "--out", tmp_path / "o", *QUICK)  # fmt: skip
+    error = {name: ok("evaluate", name, data)["stock"]["mse"] for name in (tuned, tmp_path / "o")}
+    assert said["stock"]["mse"] == pytest.approx(error[tuned], rel=1e-3)
+    assert said["stock"]["mse"] != pytest.approx(error[tmp_path / "o"], rel=0.02)
+    monkeypatch.undo()
+    untrained = ok("fit", place / "base", data, "--validation", data, "--no-fine-tune", "--method", "first",
+                   "--out", tmp_path / "u", *QUICK, "--stage", "distil.epochs=0.1")["stock"]["mse"]  # fmt: skip
+    assert said["stock"]["mse"] != pytest.approx(untrained, rel=0.02)
 
 
 def test_fit_without_labels(place: Path, tmp_path: Path) -> None:
@@ -304,6 +330,54 @@ def test_explain_says_what_was_cut(place: Path) -> None:
     assert "1 text is empty" in call("explain", place / "fitted", "--text", "").stderr
 
 
+# --- where the model runs --------------------------------------------------------------------------------------------
+
+RUN_A_MODEL = {
+    "fit": ("clf", "rows.jsonl", "--out", "o"),
+    "calibrate": ("fitted", "rows.jsonl", "--speedup", "1.2"),
+    "evaluate": ("fitted", "rows.jsonl"),
+    "bench": ("fitted", "rows.jsonl"),
+    "predict": ("fitted", "--text", "w5"),
+    "explain": ("fitted", "--text", "w5"),
+    "demo": ("--out", "o"),
+}
+
+
+@pytest.mark.parametrize("name", RUN_A_MODEL)
+def test_a_gpu_that_is_not_there(name: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    words = [str(place / word) if (place / word).exists() else word for word in RUN_A_MODEL[name]]
+    fails(name, *words, "--device", "cuda", match="--device cuda: torch finds no GPU here")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there, found in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda there=there: there)
+        assert (place_of("auto"), place_of("cpu")) == (found, "cpu")
+
+
+def test_models_of_every_kind_go_to_the_device(place: Path) -> None:
+    """Meta stands for a GPU: a device other than the one that models load to by themselves."""
+    from thresher.cli.models import open_model, open_start
+
+    opened = [open_model(str(place / name), "meta").model for name in ("fitted", "clf", "base")]
+    rows = datasets.Dataset.from_list(synthetic(4))
+    options: dict[str, Any] = {"metric": None, "columns": {}, "max_length": None, "seed": 0}
+    opened += [open_start(str(place / name), rows, "meta", kind=None, **options)[0].model for name in ("clf", "base")]
+    assert [model.device.type for model in opened] == ["meta"] * 5
+    assert {parameter.device.type for parameter in opened[0].parameters()} == {"meta"}
+
+
+def test_training_stays_on_the_cpu_when_told_so(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[bool] = []
+    recipe = import_module("thresher.training.recipe")
+    monkeypatch.setattr(recipe, "run_stage", lambda *args, **options: found.append(options["use_cpu"]))
+    ok("fit", place / "clf", place / "rows.jsonl", "--method", "first", "--device", "cpu", "--out", tmp_path / "o")
+    assert found == [True]
+
+
 # --- methods, demo, the process itself -------------------------------------------------------------------------------
 
 
@@ -318,25 +392,62 @@ def test_methods() -> None:
 def test_demo_calls_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import thresher.demo as library
 
-    def pretend(out: Path, *, seed: int, on_step: Callable[[str], object]) -> library.DemoResult:
+    def pretend(
+        out: Path,
+        *,
+        seed: int,
+        device: str,
+        on_step: Callable[[str], object],
+        on_progress: Callable[[float], object],
+    ) -> library.DemoResult:
+        assert device == "cpu"
         on_step("Embedding")
+        on_progress(0.5)
         print("a library prints")
         scores = {"mrr": 0.5, "recall_at_1": 0.4, "cosine": 0.9}
         spent = {library.PADDED: 3.0, library.PACKED: 2.0, library.THRESHER: 1.0}
         return library.DemoResult(seed, 3, 2, 7.0, scores, scores, scores, flops_ratio=2.0, seconds=spent)
 
     monkeypatch.setattr(library, "run_demo", pretend)
-    said = ok("demo", "--out", tmp_path, "--seed", 4)
+    said = ok("demo", "--out", tmp_path, "--seed", 4, "--device", "cpu")
     assert (said["seed"], said["flops_ratio"]) == (4, 2.0)
-    done = call("demo", "--out", tmp_path)
+    done = call("demo", "--out", tmp_path, "--device", "cpu")
     assert "2.00x" in done.stdout
     assert "Embedding" in done.stderr
+    assert "%" not in done.stderr
+    words = ["demo", "--out", str(tmp_path), "--device", "cpu"]
+    on_a_terminal = CliRunner().invoke(app, words, env={"FORCE_COLOR": "1", "COLUMNS": "200"})
+    assert "50%" in on_a_terminal.stderr
+    assert "left" in on_a_terminal.stderr
+
+
+def test_the_share_of_the_demo_that_is_done() -> None:
+    from thresher.demo import _Progress
+
+    said: list[str] = []
+    shares: list[float] = []
+    progress = _Progress((1.0, 2.0, 1.0), said.append, shares.append)
+    for text in ("read", "learn", "save"):
+        progress.step(text)
+        progress.within(0.5)
+    progress.within(1.0)
+    assert said == ["1/3 read", "2/3 learn", "3/3 save"]
+    assert shares == [0.0, 0.125, 0.25, 0.5, 0.75, 0.875, 1.0]
 
 
 def test_the_process(place: Path) -> None:
     words = [sys.executable, "-m", "thresher.cli", "evaluate", place / "clf", place / "rows.jsonl", "--json"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["rows"] == 40
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich", "datasets"])
+def test_without_the_extra_the_console_script_says_what_to_install(missing: str) -> None:
+    script = f"import sys; sys.modules[{missing!r}] = None; from thresher.cli import main; main()"
+    words = [sys.executable, "-c", script, "evaluate", "nowhere", "python-docs"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f'Error: The command line needs {missing}; run pip install "thresher[cli]".\n'
 
 
 def test_the_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:

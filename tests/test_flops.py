@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import thresher
 from helpers import FAMILIES, HIDDEN, LENGTHS, batch, build, config_of, make, outputs_of, settings
-from thresher.measure import dense_flops, flops, speedup
-from thresher.measure.flops import layer_flops
+from thresher.measure.flops import dense_flops, flops, speedup
+from thresher.measure.layer import layer_flops
 from thresher.methods import CONFIGS
 from thresher.model import attachment_of, policy_of
 from thresher.policy import Geometry, Trace
@@ -23,7 +23,8 @@ ALBERT_EMBEDDING = 24
 def counted(model: Any, inputs: dict[str, torch.Tensor], family: str) -> int:
     """FLOPs of the encoder's layers. The math kernel: torch does not count its fused attention on CPU."""
     counter = FlopCounterMode(display=False)
-    with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+    onednn = torch.backends.mkldnn.flags(enabled=False)  # whose products the counter does not know
+    with counter, sdpa_kernel(SDPBackend.MATH), onednn, torch.no_grad():
         model(**inputs)
     total = counter.get_total_flops()
     if family in ("albert", "electra"):  # the embeddings' projection runs over the padded batch

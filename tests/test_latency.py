@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 import thresher
 from helpers import dataset, make
 from thresher.errors import OptionError
+from thresher.measure import latency
 from thresher.measure.latency import Timing, compare, paired, ratio, spread
 
 
@@ -74,14 +76,43 @@ def test_compare() -> None:
     rows = dataset(7)
     model = thresher.attach(make("bert"), thresher.AttentionMass(retention=(0.8, 0.5, 0.3)))
     found = compare(model, rows, batch_size=3, rounds=2)
-    assert set(found.timings) == {"stock, padded", "stock, sorted", "packed", "thresher"}
+    assert set(found.timings) == {"stock, padded", "packed", "thresher", "stock, sorted", "thresher, sorted"}
     assert found.flops > 1.2
     assert found.tokens_per_row == sum(map(len, rows["input_ids"])) / 7
     assert found.padding_only == ratio(found.timings["stock, padded"], found.timings["packed"])
     assert found.measured == ratio(found.timings["packed"], found.timings["thresher"])
-    assert found.over_sorted == ratio(found.timings["stock, sorted"], found.timings["thresher"])
+    assert found.over_sorted == ratio(found.timings["stock, sorted"], found.timings["thresher, sorted"])
     assert (found.rows, found.batch_size, found.device) == (7, 3, "cpu")
     assert found.threads >= 1
+
+
+def test_every_ratio_is_of_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a gain would hold what sorting the rows gains."""
+    ran: dict[str, list[list[int]]] = {}
+    real = latency.collate
+
+    def one_round(variants: dict[str, Callable[[], None]], **options: Any) -> dict[str, Timing]:
+        for name, variant in variants.items():
+            order = ran.setdefault(name, [])
+
+            def watched(rows: Any, index: list[int], *rest: Any, order: list[list[int]] = order) -> Any:
+                order.append(index)
+                return real(rows, index, *rest)
+
+            monkeypatch.setattr(latency, "collate", watched)
+            variant()
+        return {name: Timing((prime,)) for name, prime in zip(variants, (2.0, 3.0, 5.0, 7.0, 11.0), strict=False)}
+
+    monkeypatch.setattr(latency, "paired", one_round)
+    rows = dataset(7)
+    found = compare(thresher.attach(make("bert"), "attention-mass"), rows, batch_size=3)
+    name_of = {timing.median: name for name, timing in found.timings.items()}
+    for gain in (found.padding_only, found.measured, found.over_sorted):
+        ((baseline, other),) = [(a, b) for a in name_of for b in name_of if a != b and a / b == gain.median]
+        assert ran[name_of[baseline]] == ran[name_of[other]]
+    assert ran["stock, padded"] == [[0, 1, 2], [3, 4, 5], [6]]
+    lengths = [len(rows[i]["input_ids"]) for index in ran["stock, sorted"] for i in index]
+    assert lengths == sorted(lengths, reverse=True)
 
 
 @pytest.mark.parametrize("head", ["base", "token", "question-answering"])

@@ -33,7 +33,7 @@ from helpers import (
     worst,
 )
 from thresher.errors import OptionError
-from thresher.measure import speedup
+from thresher.measure.flops import speedup
 from thresher.methods import CONFIGS
 from thresher.model import policy_of
 from thresher.policy import Geometry, PolicyConfig, Trace

@@ -52,8 +52,9 @@ def test_wrong_counts(settings: dict, said: str) -> None:
 
 
 def test_counts_for_another_depth() -> None:
-    with pytest.raises(OptionError, match="2 entries but the model has 3 layers"):
-        thresher.attach(make("bert"), thresher.AttentionMass(counts=(4, 2)))
+    for strength in (0.0, 1.0):
+        with pytest.raises(OptionError, match="2 entries but the model has 3 layers"):
+            thresher.attach(make("bert"), thresher.AttentionMass(counts=(4, 2), strength=strength))
 
 
 def test_min_tokens_spares_short_rows() -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,7 @@ from thresher.model import attachment_of, is_attached, policy_of
 from thresher.policy import Stage
 from thresher.training import Learner, distillation_loss, fit, run_stage
 from thresher.training.learner import neighbourhood_loss, stock_copy
+from thresher.training.stages import bfloat16_is_fast
 
 HARD = Stage(name="hard", mode="hard", batch_size=8, warmup=0.0, learning_rate=1e-3)
 SOFT = Stage(name="soft", mode="soft", batch_size=8, warmup=0.0, learning_rate=1e-3, policy_learning_rate=1e-2)
@@ -163,6 +169,14 @@ def test_thresholds_move_only_at_a_rate_of_their_own(tmp_path: Path) -> None:
         assert not torch.equal(weights, model.classifier.weight)
     # A step of Adam is about the learning rate: theirs, not the model's.
     assert float((policy_of(model).theta - before).abs().max()) > 1e-3
+
+
+def test_a_fast_gpu_says_nothing_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, answer in (("cuda.is_available", True), ("cuda.is_bf16_supported", True),
+                         ("cpu._is_avx512_bf16_supported", False), ("cpu._is_amx_tile_supported", False)):  # fmt: skip
+        monkeypatch.setattr(f"torch.{name}", lambda answer=answer: answer)
+    assert bfloat16_is_fast(on_cpu=False)
+    assert not bfloat16_is_fast(on_cpu=True)
 
 
 def test_a_stage_without_its_labels_is_refused(tmp_path: Path) -> None:
@@ -338,6 +352,72 @@ def test_fine_tuning_comes_first_and_drops_nothing(tmp_path: Path) -> None:
     fitted(tmp_path, fine_tune=True, max_steps=1, on_stage=lambda s: seen.append((s.name, s.mode)))
     assert seen == [("fine-tune", "off"), ("soft", "soft"), ("hard", "hard")]
     assert not (tmp_path / "training").exists()
+
+
+class OtherProcess:
+    """What accelerate says of itself in a process that is not the main one."""
+
+    is_main_process = False
+
+    def __init__(self, **options: Any) -> None:
+        self.waited = 0
+
+    def wait_for_everyone(self) -> None:
+        self.waited += 1
+
+
+def test_only_the_main_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, process = import_module("thresher.training.recipe"), OtherProcess()
+    monkeypatch.setattr(recipe, "PartialState", lambda **options: process)
+    monkeypatch.setattr(recipe, "run_stage", lambda *args, **options: None)  # the trainer sees to its own files
+    model = fitted(tmp_path / "out", validation=dataset(8), speedup=1.2)
+    assert not (tmp_path / "out").exists()
+    assert process.waited >= 2
+    assert policy_of(model).config.strength != 1.0
+
+
+TWO_PROCESSES = """
+import json, os, sys
+from helpers import dataset, make, settings, tokenizer
+from thresher.methods import CONFIGS
+from thresher.model import policy_of
+from thresher.policy import Stage
+from thresher.training import fit
+import torch
+
+out, seen = sys.argv[1], []
+rates = {"soft": 1e-2, "hard": None}
+stages = tuple(
+    Stage(name=name, mode=name, batch_size=4, warmup=0.0, learning_rate=1e-3, policy_learning_rate=rate)
+    for name, rate in rates.items()
+)
+model = fit(make("bert"), settings(CONFIGS["ltp"], temperature=0.05), dataset(24), tokenizer(), out, stages=stages,
+            validation=dataset(24, seed=5), speedup=1.3, max_steps=3, progress=False, precision="float32",
+            on_stage=lambda stage: seen.append(stage.name))
+weight = float(model.classifier.weight.sum()) + float(policy_of(model).theta.sum())
+said = [seen, weight, policy_of(model).config.strength, sorted(os.listdir(out))]
+with open(f"{out}-{torch.distributed.get_rank()}.json", "w") as file:
+    json.dump(said, file)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(tmp_path: Path) -> None:
+    script, out = tmp_path / "script.py", tmp_path / "out"
+    script.write_text(TWO_PROCESSES)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*torchrun, script, out], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"out-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert first[0] == ["soft", "hard"]
+    assert "thresher.json" in first[3]
+    assert "training" not in first[3]
+    assert policy_of(thresher.load(out)).config.strength == first[2]
 
 
 def test_overrides_reach_every_stage_or_the_one_named(tmp_path: Path) -> None:

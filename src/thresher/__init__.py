@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from thresher.engine import keep_everything, simulated_drops, stock
     from thresher.errors import ThresherError
     from thresher.explanation import explain
+    from thresher.exported.runner import Runner
+    from thresher.exported.writing import export
     from thresher.methods.ltp import LTP, RelativeThreshold, RisingThreshold
     from thresher.methods.retention import AttentionMass, CascadeTopK, FirstTokens, LastTokens, RandomTokens
-    from thresher.model import attach, detach, load, policy_of, save, set_config, validate
+    from thresher.model import attach, detach, load, policy_of, quantize, save, set_config, validate
     from thresher.policy import Stage, tracing
     from thresher.training import fit
 
@@ -26,12 +28,16 @@ _HOME = {
     "engine": ("keep_everything", "simulated_drops", "stock"),
     "errors": ("ThresherError",),
     "explanation": ("explain",),
+    "exported.runner": ("Runner",),
+    "exported.writing": ("export",),
     "methods.ltp": ("LTP", "RelativeThreshold", "RisingThreshold"),
     "methods.retention": ("AttentionMass", "CascadeTopK", "FirstTokens", "LastTokens", "RandomTokens"),
-    "model": ("attach", "detach", "load", "policy_of", "save", "set_config", "validate"),
+    "model": ("attach", "detach", "load", "policy_of", "quantize", "save", "set_config", "validate"),
     "policy": ("Stage", "tracing"),
     "training": ("fit",),
 }
+# What a missing package is installed with.
+_EXTRA = {"torch": "torch", "transformers": "torch", "safetensors": "torch", "datasets": "train", "accelerate": "train"}
 _MODULE = {name: f"thresher.{module}" for module, names in _HOME.items() for name in names}
 
 __all__ = [
@@ -43,16 +49,19 @@ __all__ = [
     "RandomTokens",
     "RelativeThreshold",
     "RisingThreshold",
+    "Runner",
     "Stage",
     "ThresherError",
     "attach",
     "calibrate",
     "detach",
     "explain",
+    "export",
     "fit",
     "keep_everything",
     "load",
     "policy_of",
+    "quantize",
     "save",
     "set_config",
     "simulated_drops",
@@ -68,11 +77,12 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(_MODULE[name]), name)
     except ModuleNotFoundError as error:
-        if error.name in ("datasets", "accelerate"):
-            from thresher.errors import ThresherError
+        extra = _EXTRA.get(error.name or "")
+        if extra is None:
+            raise
+        from thresher.errors import ThresherError
 
-            raise ThresherError(f'thresher.{name} needs {error.name}; run pip install "thresher[train]".') from error
-        raise
+        raise ThresherError(f'thresher.{name} needs {error.name}; run pip install "thresher[{extra}]".') from error
 
 
 def __dir__() -> list[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,7 @@ class Evidence:
         """[T], mass without the query i = j (still divided by the number of all real queries)."""
         assert self.mass is not None
         assert self.diagonal is not None
-        queries = tokens.lengths[tokens.layout.rows].to(self.mass.dtype)
+        queries = tokens.layout.spread(tokens.lengths).to(self.mass.dtype)
         return self.mass - self.diagonal / queries
 
 
@@ -109,6 +109,11 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: fl
 
 
 def _equal_lengths(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, dropout: float) -> Tensor:
+    if layout.single:
+        out = F.scaled_dot_product_attention(
+            query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), dropout_p=dropout, scale=scale
+        )
+        return out.squeeze(0).transpose(0, 1)
     heads, total, dim = query.shape
     batch = len(layout.sizes)
     q, k, v = (x.view(heads, batch, total // batch, dim).transpose(0, 1) for x in (query, key, value))
@@ -126,25 +131,54 @@ def _row_by_row(
     window: int | None,
     wanted: Wanted,
 ) -> tuple[Tensor, Evidence]:
-    layout = tokens.layout
-    sizes = layout.sizes
-    bounds = pairwise(accumulate(sizes, initial=0))
     gathered = _Gathered(wanted)
     outputs = []
-    for q, k, v, (start, end) in zip(
-        query.split(sizes, 1), key.split(sizes, 1), value.split(sizes, 1), bounds, strict=True
-    ):
-        bias = _bias(tokens, start, end, window, q.dtype)
+    for q, k, v, row in _rows(query, key, value, tokens):
+        bias = _bias(row, window, q.dtype)
         if wanted:
             out, probabilities = _materialised(q, k, v, bias, scale, dropout)
-            gathered.add(probabilities, tokens, start, end)
+            gathered.add(probabilities, row)
         else:
-            mask = None if bias is None else bias.expand(1, 1, end - start, end - start)
+            mask = None if bias is None else bias.expand(1, 1, q.shape[1], q.shape[1])
             out = F.scaled_dot_product_attention(
                 q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), attn_mask=mask, dropout_p=dropout, scale=scale
             ).squeeze(0)
         outputs.append(out.transpose(0, 1))
-    return torch.cat(outputs), gathered.evidence()
+    return _join(outputs), gathered.evidence()
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What attention needs to know of one row's n tokens beside q, k, v."""
+
+    positions: Tensor
+    segments: Tensor
+    log_weight: Tensor | None
+    alive: Tensor | None
+
+
+def _rows(
+    query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens
+) -> Iterator[tuple[Tensor, Tensor, Tensor, _Row]]:
+    layout = tokens.layout
+    if layout.single:  # nothing to slice, hence no length that a traced graph would take for a constant
+        yield query, key, value, _Row(layout.positions, layout.segments, tokens.log_weight, tokens.alive)
+        return
+    sizes = layout.sizes
+    parts = (query.split(sizes, 1), key.split(sizes, 1), value.split(sizes, 1))
+    nothing = [None] * len(sizes)
+    about = (
+        layout.positions.split(sizes),
+        layout.segments.split(sizes),
+        nothing if tokens.log_weight is None else tokens.log_weight.split(sizes),
+        nothing if tokens.alive is None else tokens.alive.split(sizes),
+    )
+    for q, k, v, *row in zip(*parts, *about, strict=True):
+        yield q, k, v, _Row(*row)
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _materialised(
@@ -158,20 +192,21 @@ def _materialised(
     return torch.bmm(weights.to(v.dtype), v), probabilities
 
 
-def _bias(tokens: PackedTokens, start: int, end: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
+def _bias(row: _Row, window: int | None, dtype: torch.dtype) -> Tensor | None:
     """[1 or n, n] to add to one row's attention logits."""
     bias = None
-    if tokens.log_weight is not None:
-        bias = tokens.log_weight[start:end].to(dtype).unsqueeze(0)
+    if row.log_weight is not None:
+        bias = row.log_weight.to(dtype).unsqueeze(0)
     if window is not None:
-        at = tokens.positions[start:end]
-        far = (at.unsqueeze(0) - at.unsqueeze(1)).abs() > window
+        at = row.positions
+        apart = (at.unsqueeze(0) - at.unsqueeze(1)).abs()
+        far = apart > window
         blocked = torch.zeros(far.shape, dtype=dtype, device=at.device).masked_fill(far, float("-inf"))
         bias = blocked if bias is None else bias + blocked
         # A simulated-dropped token whose whole window is dropped has nobody left to look at; it may see itself, and
         # nobody reads what it then computes.
         lonely = torch.isinf(bias).all(-1)
-        bias = torch.where(lonely.unsqueeze(1) & torch.eye(len(at), dtype=torch.bool, device=at.device), 0.0, bias)
+        bias = torch.where(lonely.unsqueeze(1) & (apart == 0), 0.0, bias)
     return bias
 
 
@@ -186,22 +221,16 @@ class _Gathered:
         self.blocks: list[Tensor] = []
         self.full: list[Tensor] = []
 
-    def add(self, probabilities: Tensor, tokens: PackedTokens, start: int, end: int) -> None:
-        """probabilities: [H, n, n] of the row at [start, end)."""
+    def add(self, probabilities: Tensor, row: _Row) -> None:
+        """probabilities: [H, n, n] of one row."""
         wanted = self.wanted
-        heads, n, _ = probabilities.shape
-        alive = None if tokens.alive is None else tokens.alive[start:end].to(probabilities.dtype)
+        alive = None if row.alive is None else row.alive.to(probabilities.dtype)
         if wanted.mass:
-            # One matrix-vector product over the [H * n, n] view: the cheapest column sum on every device.
-            if alive is None:
-                weights = probabilities.new_full((heads * n,), 1.0 / (heads * n))
-            else:
-                weights = (alive / (alive.sum() * heads)).repeat(heads)
-            self.mass.append(weights @ probabilities.reshape(heads * n, n))
+            self.mass.append(_column_mean(probabilities, alive))
         if wanted.diagonal:
             self.diagonal.append(probabilities.diagonal(dim1=1, dim2=2).mean(0))
         if wanted.by_segment:
-            in_second = tokens.segments[start:end].to(probabilities.dtype)
+            in_second = row.segments.to(probabilities.dtype)
             queries = torch.stack([1 - in_second, in_second])
             queries = queries if alive is None else queries * alive
             counts = queries.sum(1, keepdim=True).clamp(min=1)
@@ -212,7 +241,7 @@ class _Gathered:
             self.full.append(probabilities)
 
     def evidence(self) -> Evidence:
-        join = lambda parts: torch.cat(parts) if parts else None  # noqa: E731
+        join = lambda parts: _join(parts) if parts else None  # noqa: E731
         return Evidence(
             mass=join(self.mass),
             diagonal=join(self.diagonal),
@@ -220,6 +249,16 @@ class _Gathered:
             blocks=join(self.blocks),
             full=tuple(self.full) if self.wanted.full else None,
         )
+
+
+def _column_mean(probabilities: Tensor, alive: Tensor | None) -> Tensor:
+    """[n], the mean over heads and living queries of [H, n, n]."""
+    heads, n = probabilities.shape[0], probabilities.shape[-1]
+    # One matrix-vector product over the [H * n, n] view: the cheapest column sum on every device.
+    if alive is None:
+        weights, total = torch.ones_like(probabilities[:, :, 0]).reshape(-1), heads * n
+        return weights @ probabilities.reshape(-1, n) / total
+    return (alive / (alive.sum() * heads)).repeat(heads) @ probabilities.reshape(-1, n)
 
 
 def _diagonal_blocks(probabilities: Tensor, size: int) -> Tensor:

@@ -11,13 +11,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import safetensors.torch
 import transformers
 from safetensors import SafetensorError
 
 from thresher.errors import CheckpointError, OptionError
+from thresher.linears import Precision
 from thresher.methods import config_class
 from thresher.policy import Policy, PolicyConfig
 
@@ -27,7 +28,7 @@ WEIGHTS = "thresher.safetensors"
 
 
 @contextlib.contextmanager
-def staged(directory: Any) -> Iterator[Path]:
+def staged(directory: Any, last: str = SETTINGS) -> Iterator[Path]:
     """A folder inside `directory` to write to; what was written moves into place when the block ends well.
 
     A failure leaves no trace and what was there before. Raises CheckpointError with the reason.
@@ -41,7 +42,7 @@ def staged(directory: Any) -> Iterator[Path]:
         staging = Path(tempfile.mkdtemp(prefix=".thresher-", dir=target))
         yield staging
         files = [f for f in staging.rglob("*") if f.is_file()]
-        for file in sorted(files, key=lambda f: f.name == SETTINGS):  # the settings last: they vouch for the rest
+        for file in sorted(files, key=lambda f: f.name == last):  # it vouches for the rest
             place = target / file.relative_to(staging)
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, place)
@@ -63,6 +64,7 @@ def write(
     model_class: type,
     outer: str,
     notes: dict[str, Any],
+    precision: Precision,
 ) -> None:
     """Write the plain checkpoint and what Thresher keeps beside it, all or nothing."""
     with staged(directory) as staging:
@@ -77,6 +79,7 @@ def write(
             "outer": outer,
             "weights_sha256": _sha256(staging / WEIGHTS),
             "notes": notes,
+            "precision": precision,
         }
         (staging / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
@@ -94,6 +97,7 @@ class Saved:
     model_class: str
     outer: str
     notes: dict[str, Any]
+    precision: Precision
 
     def load_plain(self, device: Any = None) -> Any:
         """The model without its policy, in eval mode."""
@@ -143,6 +147,9 @@ def read(directory: Any) -> Saved:
         method, values = settings["method"], settings["config"]
         model_class, outer, digest = settings["model_class"], settings["outer"], settings["weights_sha256"]
         notes = settings.get("notes", {})
+        precision = settings.get("precision", "float32")
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision is {precision!r}")
         for name, value, kind in (
             ("config", values, dict),
             ("model_class", model_class, str),
@@ -172,7 +179,7 @@ def read(directory: Any) -> Saved:
         config = None if method is None else config_class(method).from_dict(values)
     except (OptionError, TypeError) as error:
         raise CheckpointError(f"{file} is corrupted: {error}") from error
-    return Saved(path, config, model_class, outer, notes)
+    return Saved(path, config, model_class, outer, notes, precision)
 
 
 __all__ = ["SETTINGS", "WEIGHTS", "Saved", "mismatch", "read", "staged", "write"]

@@ -40,6 +40,8 @@ MAX_TOKENS = 256
 # are short and cost little: they are read whole.
 RETENTION = AttentionMass(retention=(0.46, 0.45, 0.45, 0.45, 0.45, 0.45), min_tokens=64)
 BATCH = 32
+# What the steps take on a CPU, in passes of the stock model over the test sections: for the share of the work that is done.
+STOCK, LESS, EPOCH, ROUND, SAVING = 1.0, 0.4, 2.5, 1.8, 0.05
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,30 @@ class DemoResult:
 
 
 Step = Callable[[str], object]
+Share = Callable[[float], object]
+
+
+@dataclass
+class _Progress:
+    """The steps, numbered and said as each begins, and the share of the whole work that is done.
+
+    costs: what each step takes beside the others.
+    """
+
+    costs: Sequence[float]
+    on_step: Step
+    on_share: Share
+    begun: int = 0
+
+    def step(self, text: str) -> None:
+        self.begun += 1
+        self.on_step(f"{self.begun}/{len(self.costs)} {text}")
+        self.within(0.0)
+
+    def within(self, share: float) -> None:
+        """`share` of the present step is done."""
+        before, now = sum(self.costs[: self.begun - 1]), self.costs[self.begun - 1]
+        self.on_share((before + share * now) / sum(self.costs))
 
 
 def built_in_encoder() -> Path:
@@ -124,34 +150,48 @@ def built_in_encoder() -> Path:
 
 
 def run_demo(
-    out: str | Path, *, seed: int = 0, epochs: float = 3.0, rounds: int = 5, on_step: Step = print
+    out: str | Path,
+    *,
+    seed: int = 0,
+    epochs: float = 3.0,
+    rounds: int = 5,
+    device: str | None = None,
+    on_step: Step = print,
+    on_progress: Share | None = None,
 ) -> DemoResult:
-    """Attach, distil, measure, save. `out` gets the model directory; on_step is called as each step begins.
+    """Attach, distil, measure, save. `out` gets the model directory.
 
+    device: cpu or cuda; by default cuda where there is a GPU.
+    on_step: called with a line of text as each step begins.
+    on_progress: called with the share of the whole work that is done, 0 to 1, for a display of your own; without it
+    training shows transformers' bar.
     Training and test sections share no topic. Quality is inverse cloze: from each test section a sentence is taken out, and
     has to find its section among all of them.
     """
     from sentence_transformers import SentenceTransformer
 
     out = Path(out)
-    model = SentenceTransformer(str(built_in_encoder()), device="cuda" if torch.cuda.is_available() else "cpu")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = SentenceTransformer(str(built_in_encoder()), device=device)
     model.max_seq_length = MAX_TOKENS
     train = _training_texts()
     documents, queries, relevant = inverse_cloze(python_docs("test"), seed=seed)
     task = _Retrieval(documents, queries, relevant)
-    on_step(f"1/6 Embedding {len(documents)} sections and {len(queries)} queries with the stock model")
+    costs = (STOCK, LESS, EPOCH * epochs, LESS, ROUND * (1 + rounds), SAVING)
+    progress = _Progress(costs, on_step, on_progress or (lambda share: None))
+    progress.step(f"Embedding {len(documents)} sections and {len(queries)} queries with the stock model")
     attach(model, RETENTION)
     with stock():
         reference = task.embed(model)
     result = DemoResult(seed, len(documents), len(queries), 0.0, stock=task.quality(reference, reference))
-    on_step("2/6 The same, reading less, without any training")
+    progress.step("The same, reading less, without any training")
     result.training_free = task.quality(task.embed(model), reference)
 
-    on_step(f"3/6 Learning from the stock model on {len(train)} texts of other topics")
+    progress.step(f"Learning from the stock model on {len(train)} texts of other topics")
     began = time.perf_counter()
-    _distil(model, train, out, seed, epochs)
+    _distil(model, train, out, seed, epochs, on_share=progress.within if on_progress else None)
     result.training_seconds = time.perf_counter() - began
-    on_step("4/6 Embedding again, trained")
+    progress.step("Embedding again, trained")
     with tracing() as traces:
         embedded = model.encode(documents, batch_size=BATCH, convert_to_numpy=True)
     policy = policy_of(model)
@@ -160,13 +200,14 @@ def run_demo(
     questions = model.encode(queries, batch_size=BATCH, convert_to_numpy=True)
     result.thresher = task.quality((questions, embedded), reference)
 
-    on_step(f"5/6 Timing {rounds} interleaved rounds: stock padded, packed, thresher")
-    _time(model, documents, rounds, result)
-    on_step(f"6/6 Saving the model to {out}")
+    progress.step(f"Timing {rounds} interleaved rounds: stock padded, packed, thresher")
+    _time(model, documents, rounds, result, on_share=progress.within)
+    progress.step(f"Saving the model to {out}")
     save(model, out / "model")
     shutil.rmtree(out / "training", ignore_errors=True)
     result.searches = _sample_searches(model, task, questions, embedded)
     write_report(report_of(result), out / "report.html")
+    progress.within(1.0)
     return result
 
 
@@ -212,7 +253,14 @@ class _Retrieval:
         return {**found, **agreement(embedded[1], reference[1])}
 
 
-def _distil(model: Any, texts: list[str], out: Path, seed: int, epochs: float) -> None:
+def _distil(model: Any, texts: list[str], out: Path, seed: int, epochs: float, *, on_share: Share | None) -> None:
+    from transformers import TrainerCallback
+
+    class Tell(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+            if on_share:
+                on_share(state.global_step / state.max_steps)
+
     rows = encode_texts(_as_rows(texts), ["text"], model.tokenizer, MAX_TOKENS).rows
     (stage,) = policy_of(model).stages()
     changed = {"epochs": epochs, "learning_rate": 2e-4, "batch_size": 16}
@@ -226,7 +274,9 @@ def _distil(model: Any, texts: list[str], out: Path, seed: int, epochs: float) -
         resume=False,
         save_strategy="no",
         logging_strategy="no",
-        disable_tqdm=False,
+        progress=on_share is None,
+        callbacks=[Tell()],
+        use_cpu=model.device.type == "cpu",
     )
 
 
@@ -243,7 +293,7 @@ def _as_rows(texts: list[str]) -> Any:
     return datasets.Dataset.from_dict({"text": texts})
 
 
-def _time(model: Any, documents: Sequence[str], rounds: int, result: DemoResult) -> None:
+def _time(model: Any, documents: Sequence[str], rounds: int, result: DemoResult, *, on_share: Share) -> None:
     def encode() -> None:
         model.encode(list(documents), batch_size=BATCH)
 
@@ -255,7 +305,12 @@ def _time(model: Any, documents: Sequence[str], rounds: int, result: DemoResult)
         with keep_everything():
             encode()
 
-    timings = paired({PADDED: padded, PACKED: packed, THRESHER: encode}, rounds=rounds)
+    timings = paired(
+        {PADDED: padded, PACKED: packed, THRESHER: encode},
+        rounds=rounds,
+        warmup=1,
+        on_round=lambda done: on_share(done / (1 + rounds)),
+    )
     result.seconds = {name: timing.median for name, timing in timings.items()}
     result.padding_ratio = ratio(timings[PADDED], timings[PACKED]).median
     result.measured_ratio = ratio(timings[PACKED], timings[THRESHER]).median

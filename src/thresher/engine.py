@@ -21,7 +21,8 @@ from transformers.modeling_utils import PreTrainedModel
 from thresher.attention import NO_EVIDENCE, NOTHING, Evidence, Wanted, attend
 from thresher.backbones import Entrance
 from thresher.errors import OptionError
-from thresher.packed import PackedTokens
+from thresher.linears import FastLinear, Precision, has_onednn
+from thresher.packed import PackedTokens, being_exported
 from thresher.policy import Point, Policy, Trace, new_trace
 
 INTERFACE = "thresher"
@@ -65,7 +66,7 @@ def simulated_drops() -> contextlib.AbstractContextManager[None]:
 class Pass:
     """The state of one forward pass. Made when the encoder is called, dropped when it returns; never shared by threads."""
 
-    def __init__(self, engine: Engine, mask: Tensor, segments: Tensor | None, protected: Tensor | None) -> None:
+    def __init__(self, engine: Engine, mask: Tensor | None, segments: Tensor | None, protected: Tensor | None) -> None:
         keeping = _keeping.get() or engine.policy is None or engine.policy.mode == "off"
         self.policy: Policy[Any] | None = None if keeping else engine.policy
         self.mask = mask
@@ -73,8 +74,8 @@ class Pass:
         self.protected = protected
         self.carry = engine.entrance.fill == "carry"
         self.simulated = _simulated.get()
+        self._exporting = being_exported()
         self.trace: Trace = new_trace()
-        self.trace.mask = mask if self.trace.record else None
         self.layer = 0
         self.tokens: PackedTokens | None = None
         self.wanted: Wanted = NOTHING
@@ -93,6 +94,8 @@ class Pass:
                 simulated=self.simulated,
             )
             self.trace.original = tokens.layout.sizes
+            if self.trace.record:
+                self.trace.mask = hidden.new_ones(hidden.shape[:2]) if self.mask is None else self.mask
         else:
             tokens = self.tokens.with_hidden(hidden[0])
         self.tokens = tokens
@@ -125,6 +128,8 @@ class Pass:
             tokens = self.act(Point.AFTER_ATTENTION, tokens)
         tokens = self.act(Point.AFTER_LAYER, tokens)
         self.trace.reads.append((self._reads_attention, self._reads_feed_forward))
+        if self._exporting:
+            self.trace.kept.append(tokens.positions)
         return tokens
 
     def _note_dropped(self, before: PackedTokens, after: PackedTokens) -> None:
@@ -136,12 +141,20 @@ class Pass:
 class Engine:
     """The hooks of one attached model. Holds no state of a pass."""
 
-    def __init__(self, model: PreTrainedModel, entrance: Entrance, policy: Policy[Any] | None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        entrance: Entrance,
+        policy: Policy[Any] | None,
+        precision: Precision = "float32",
+    ) -> None:
         self.entrance = entrance
+        self.precision = precision
         self.policy = policy
         self.signature = inspect.signature(type(entrance.base).forward)
         self.stock_implementation = model.config._attn_implementation
         self.handles: list[Any] = []
+        self.linears: list[nn.Linear] = []
         self.model = model
 
     def install(self) -> None:
@@ -156,8 +169,29 @@ class Engine:
                 self.handles.append(midpoint.register_forward_hook(self.on_midpoint))
         if entrance.tail is not None:
             self.handles.append(entrance.tail.register_forward_hook(self.on_tail))
+        self.set_precision(self.precision)
+
+    def set_precision(self, precision: Precision) -> None:
+        """How the layers' linear layers are computed during a pass."""
+        self._release_linears()
+        self.precision = precision
+        if precision == "float32" and not has_onednn():
+            return
+        # A shared layer (ALBERT) stands in the model once, so each module is met once.
+        modules = dict.fromkeys(m for layer in self.entrance.layers for m in layer.modules())
+        for module in modules:
+            if type(module) is nn.Linear:
+                fast = FastLinear(module, precision)
+                module.forward = functools.partial(_linear, fast)  # type: ignore[method-assign]
+                self.linears.append(module)
+
+    def _release_linears(self) -> None:
+        for linear in self.linears:
+            del linear.forward
+        self.linears.clear()
 
     def remove(self) -> None:
+        self._release_linears()
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
@@ -187,10 +221,9 @@ class Engine:
         like = ids if ids is not None else embeds
         if like is None:
             return None  # transformers' own error says what is missing
-        mask = given.get("attention_mask")
-        if mask is None:
-            mask = torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
-        if mask.dim() != 2:
+        # A graph is traced for one sequence without padding, whatever mask the model's head is given.
+        mask = None if being_exported() else given.get("attention_mask")
+        if mask is not None and mask.dim() != 2:
             raise OptionError(
                 f"An attached model takes an attention mask of shape [batch, tokens], not {list(mask.shape)}."
             )
@@ -216,14 +249,14 @@ class Engine:
         if config.protect_ids:
             if ids is None:
                 raise OptionError("protect_ids needs input_ids; this call gives inputs_embeds, which name no tokens.")
-            protected = torch.isin(ids, torch.tensor(config.protect_ids, device=ids.device))
+            protected = _any_of(ids, config.protect_ids)
         if config.protect_segments:
             if segments is None:
                 raise OptionError(
                     "protect_segments needs token_type_ids, which this call does not give (DistilBERT has none); pass "
                     "them, or protect tokens by protect_ids."
                 )
-            inside = torch.isin(segments, torch.tensor(config.protect_segments, device=segments.device))
+            inside = _any_of(segments, config.protect_segments)
             protected = inside if protected is None else protected | inside
         return protected
 
@@ -278,6 +311,18 @@ def _run(engine: Engine, *args: Any, **kwargs: Any) -> Any:
         return type(base).forward(base, *args, **kwargs)
     finally:
         _current.reset(token)
+
+
+def _linear(fast: FastLinear, x: Tensor) -> Tensor:
+    """A linear layer's forward: fast inside a pass, torch's own outside."""
+    if _current.get() is None:
+        return nn.functional.linear(x, fast.linear.weight, fast.linear.bias)
+    return fast(x)
+
+
+def _any_of(values: Tensor, wanted: tuple[int, ...]) -> Tensor:
+    """Whether each value is one of `wanted` (torch.isin, in operators that also export)."""
+    return (values.unsqueeze(-1) == torch.tensor(wanted, device=values.device)).any(-1)
 
 
 def _gather_rotary(table: Tensor, tokens: PackedTokens) -> Tensor:

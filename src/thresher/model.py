@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from thresher import checkpoint
 from thresher.backbones import enter
 from thresher.engine import Engine, keep_everything, stock
 from thresher.errors import OptionError, ThresherError, UnsupportedModelError
+from thresher.linears import check_int8
 from thresher.methods import build, config_class
 from thresher.policy import Policy, PolicyConfig
 
@@ -45,13 +46,16 @@ def find_encoder(model: Any) -> PreTrainedModel:
     )
 
 
-def attach(model: ModelT, policy: PolicyConfig | str | None = None) -> ModelT:
+def attach(
+    model: ModelT, policy: PolicyConfig | str | None = None, *, quantize: Literal["int8"] | None = None
+) -> ModelT:
     """Make `model` run packed and, with a policy, read less. In place; the same object comes back.
 
     model: a Hugging Face encoder with or without a head, a SentenceTransformer or a CrossEncoder.
     policy: a method's configuration, e.g. AttentionMass(retention=(.8, .6, .45, .3, .2, .1)), or a method's name for
     its
         defaults. None: packed, nothing dropped. Attaching again replaces the policy.
+    quantize: "int8" to compute the layers' linear layers in int8 (see `thresher.quantize`).
     Raises UnsupportedModelError for a family that cannot be entered, OptionError for a policy that does not fit the
     model.
     """
@@ -64,10 +68,30 @@ def attach(model: ModelT, policy: PolicyConfig | str | None = None) -> ModelT:
         detach(encoder)
     if built is not None:
         built.to(encoder.device)
-    engine = Engine(encoder, entrance, built)
+    if quantize not in (None, "int8"):
+        raise OptionError(f'quantize is "int8" or None, not {quantize!r}.')
+    if quantize:
+        check_int8()
+    engine = Engine(encoder, entrance, built, quantize or "float32")
     engine.install()
     encoder.thresher_attachment = Attachment(engine, built, type(model).__name__)  # type: ignore[assignment]
     encoder.save_pretrained = partial(_save_pretrained, encoder)  # type: ignore[method-assign]
+    return model
+
+
+def quantize(model: ModelT) -> ModelT:
+    """Compute the linear layers of an attached model's layers in int8 on the CPU; works with every policy. In place.
+
+    Weights are quantized symmetrically with one scale for each output channel, activations for each call. The model keeps
+    its float32 weights: it can be saved, detached, and trained on (gradients flow through float32). Embeddings, attention
+    and the head stay in float32; on other devices and in other dtypes nothing changes. `save` remembers it. Measure what
+    it costs in quality with `thresher evaluate`.
+    Raises OptionError when nothing is attached or torch has no int8 kernels; warns where the processor lacks the
+    instructions.
+    """
+    engine = attachment_of(model).engine
+    check_int8()
+    engine.set_precision("int8")
     return model
 
 
@@ -118,7 +142,15 @@ def set_config(model: Any, config: PolicyConfig) -> None:
 def _save_pretrained(encoder: PreTrainedModel, save_directory: Any, **options: Any) -> None:
     attachment = attachment_of(encoder)
     write_plain = partial(type(encoder).save_pretrained, encoder, **options)
-    checkpoint.write(save_directory, write_plain, attachment.policy, type(encoder), attachment.outer, attachment.notes)
+    checkpoint.write(
+        save_directory,
+        write_plain,
+        attachment.policy,
+        type(encoder),
+        attachment.outer,
+        attachment.notes,
+        attachment.engine.precision,
+    )
 
 
 def save(model: Any, directory: Any) -> None:
@@ -137,7 +169,7 @@ def load(directory: Any, *, device: str | torch.device | None = None) -> Any:
     saved = checkpoint.read(directory)
     model = saved.load_plain(device)
     try:
-        attach(model, saved.config)
+        attach(model, saved.config, quantize="int8" if saved.precision == "int8" else None)
     except OptionError as error:
         raise checkpoint.mismatch(directory, error) from error
     attachment = attachment_of(model)

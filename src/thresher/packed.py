@@ -14,6 +14,11 @@ from thresher.errors import DataError
 Fill = Literal["carry", "mean", "zero"]
 
 
+def being_exported() -> bool:
+    """Whether torch is recording the operators that run, for a graph that must be right for every input."""
+    return torch._C._get_tracing_state() is not None
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the tokens of a ragged batch lie. Shared by every tensor of one length; replaced only when tokens drop.
@@ -33,20 +38,32 @@ class Layout:
     original: Tensor
     width: int
 
+    @property
+    def single(self) -> bool:
+        """Whether there is one row: then its tokens are the batch, and nothing has to be told apart. Also the case that is
+        exported, which must not branch on data."""
+        return len(self.lengths) == 1
+
     @cached_property
     def sizes(self) -> list[int]:
         """`lengths` on the host."""
+        if self.single:
+            return [len(self.positions)]
         return self.lengths.tolist()  # type: ignore[no-any-return]
 
     @cached_property
     def rows(self) -> Tensor:
         """[T] int64, the row each token belongs to."""
+        if self.single:
+            return torch.zeros_like(self.positions)
         index = torch.arange(len(self.lengths), device=self.lengths.device)
         return torch.repeat_interleave(index, self.lengths, output_size=len(self.positions))
 
     @cached_property
     def flat(self) -> Tensor:
         """[T] int64, index of each token in the padded input flattened to B * N."""
+        if self.single:
+            return self.positions
         return self.rows * self.width + self.positions
 
     @cached_property
@@ -55,9 +72,19 @@ class Layout:
         zero = self.lengths.new_zeros(1)
         return torch.cat([zero, self.lengths.cumsum(0)]).to(torch.int32)
 
+    def spread(self, values: Tensor) -> Tensor:
+        """[B] values of rows for every token: [T], or what broadcasts to it."""
+        return values if self.single else values[self.rows]
+
+    def largest(self, values: Tensor) -> Tensor:
+        """[B], the largest of each row's `values` ([T], none negative)."""
+        if self.single:
+            return values.amax(0, keepdim=True)
+        return values.new_zeros(len(self.lengths)).scatter_reduce(0, self.rows, values, "amax", include_self=False)
+
     def select(self, index: Tensor) -> Layout:
         """The layout of the tokens at `index` ([K] int64, rising)."""
-        lengths = torch.bincount(self.rows[index], minlength=len(self.lengths))
+        lengths = _count(index) if self.single else torch.bincount(self.rows[index], minlength=len(self.lengths))
         return replace(
             self,
             lengths=lengths,
@@ -65,6 +92,11 @@ class Layout:
             segments=self.segments[index],
             protected=self.protected[index],
         )
+
+
+def _count(tokens: Tensor) -> Tensor:
+    """[1] int64, how many there are: a tensor also while a graph is traced, where len() would be a constant."""
+    return torch._shape_as_tensor(tokens)[:1].to(tokens.device)
 
 
 @dataclass(frozen=True)
@@ -105,25 +137,30 @@ class PackedTokens:
         """
         batch, width, size = hidden.shape
         if mask is None:
-            mask = hidden.new_ones(batch, width, dtype=torch.bool)
-        mask = mask.to(torch.bool)
-        lengths = mask.sum(1)
-        if batch and not bool(lengths.all()):
-            row = int((lengths == 0).nonzero()[0, 0])
-            raise DataError(f"Row {row} of the batch is all padding (no attention-mask entry is 1); leave it out.")
-        index = mask.reshape(-1).nonzero().squeeze(1)
-        first = index.new_zeros(len(index), dtype=torch.bool)
-        first[(lengths.cumsum(0) - lengths)] = True
-        pick = lambda x: x.reshape(-1)[index]  # noqa: E731
+            index = torch.arange(batch * width, device=hidden.device)
+            lengths = torch._shape_as_tensor(hidden)[1:2].to(hidden.device).expand(batch)
+        else:
+            mask = mask.to(torch.bool)
+            lengths = mask.sum(1)
+            if batch and not bool(lengths.all()):
+                row = int((lengths == 0).nonzero()[0, 0])
+                raise DataError(f"Row {row} of the batch is all padding (no attention-mask entry is 1); leave it out.")
+            index = mask.reshape(-1).nonzero().squeeze(1)
+        if batch == 1:
+            first = index == index[0]
+        else:
+            first = torch.zeros_like(index, dtype=torch.bool)
+            first[(lengths.cumsum(0) - lengths)] = True
+        every = mask is None or len(index) == batch * width
+        pick = lambda x: x.reshape(-1) if every else x.reshape(-1)[index]  # noqa: E731
         layout = Layout(
             lengths=lengths,
-            positions=index % width,
+            positions=index if batch == 1 else index % width,
             segments=pick(segments).to(torch.int64) if segments is not None else torch.zeros_like(index),
             protected=first if protected is None else first | pick(protected),
             original=lengths,
             width=width,
         )
-        every = len(index) == batch * width
         packed = hidden.reshape(-1, size) if every else hidden.reshape(-1, size)[index]
         alive = torch.ones_like(first) if simulated else None
         return cls(packed, layout, alive=alive, carry=carry)
@@ -153,7 +190,7 @@ class PackedTokens:
         if self.alive is not None:
             return self._silence(mask)
         index = mask.nonzero().squeeze(1)
-        if len(index) == len(mask):
+        if len(index) == len(mask) and not being_exported():
             return self
         departed = self.departed
         if self.carry:
@@ -188,11 +225,13 @@ class PackedTokens:
             flat = torch.cat([flat, *(f for _, f in self.departed)])
             order = flat.argsort()
             hidden, flat = hidden[order], flat[order]
-        rows = flat // self.layout.width
+        single = self.layout.single
         layout = replace(
             self.layout,
-            lengths=torch.bincount(rows, minlength=len(self.layout.lengths)),
-            positions=flat % self.layout.width,
+            lengths=_count(flat)
+            if single
+            else torch.bincount(flat // self.layout.width, minlength=len(self.layout.lengths)),
+            positions=flat if single else flat % self.layout.width,
             segments=torch.zeros_like(flat),
             protected=torch.ones_like(flat, dtype=torch.bool),
         )
@@ -203,18 +242,29 @@ class PackedTokens:
 
         fill: what a dropped position holds. "carry" its own last state, "mean" the mean of its row's kept tokens (so
         that a mean-pooling head averages the kept tokens only), "zero" nothing. Padding is zero.
-        mask: [B, N], the real tokens; needed by "mean".
+        mask: [B, N], the real tokens; None when there is no padding.
         """
         tokens = self.gather()
         layout, batch = tokens.layout, len(tokens.layout.lengths)
         size = tokens.hidden.shape[-1]
-        if len(layout.positions) == batch * layout.width:
+        tracing = being_exported()  # a graph has one path: the longest
+        if len(layout.positions) == batch * layout.width and not tracing:
             return tokens.hidden.view(batch, layout.width, size)
-        if fill == "mean" and mask is not None and not torch.equal(layout.lengths, layout.original):
-            total = tokens.hidden.new_zeros(batch, size).index_add(0, layout.rows, tokens.hidden)
-            mean = total / layout.lengths.unsqueeze(1).to(total.dtype)
-            out = (mean.unsqueeze(1) * mask.unsqueeze(2).to(mean.dtype)).reshape(-1, size)
+        if fill == "mean" and (tracing or not torch.equal(layout.lengths, layout.original)):
+            out = _row_means(tokens).unsqueeze(1).expand(batch, layout.width, size)
+            if mask is not None:
+                out = out * mask.unsqueeze(2).to(out.dtype)
+            out = out.reshape(-1, size)
         else:
             out = tokens.hidden.new_zeros(batch * layout.width, size)
         out = out.index_copy(0, layout.flat, tokens.hidden)
         return out.view(batch, layout.width, size)
+
+
+def _row_means(tokens: PackedTokens) -> Tensor:
+    """[B, D], the mean state of each row."""
+    layout, hidden = tokens.layout, tokens.hidden
+    if layout.single:
+        return hidden.mean(0, keepdim=True)
+    total = hidden.new_zeros(len(layout.lengths), hidden.shape[-1]).index_add(0, layout.rows, hidden)
+    return total / layout.lengths.unsqueeze(1).to(total.dtype)

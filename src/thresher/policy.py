@@ -40,6 +40,7 @@ class PolicyConfig:
     """
 
     method: ClassVar[str] = ""
+    exports: ClassVar[bool] = True  # whether the decision can be written as operators of a graph
 
     protect_segments: tuple[int, ...] = ()
     protect_ids: tuple[int, ...] = ()
@@ -73,6 +74,7 @@ class Trace:
     reads: for each layer, the tokens of each row that its attention read and that its feed-forward read.
     dropped: (layer, flat index of the tokens dropped there), kept when `record` is set.
     auxiliary: per-layer tensors that a method's loss needs, by name.
+    kept: positions left after each layer, kept while a graph is traced.
     """
 
     record: bool = False
@@ -81,7 +83,7 @@ class Trace:
     dropped: list[tuple[int, Tensor]] = field(default_factory=list)
     auxiliary: dict[str, list[Tensor]] = field(default_factory=dict)
     original: list[int] = field(default_factory=list)
-    _attention: list[int] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
 
     def add(self, name: str, value: Tensor) -> None:
         self.auxiliary.setdefault(name, []).append(value)

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from thresher.cli.options import DATA, OUTPUT, Json, directory_to_write
-from thresher.cli.screen import Result, TokenMapView, command, notice
+from thresher.cli.options import DATA, OUTPUT, Device, Json, directory_to_write, place_of
+from thresher.cli.screen import Result, TokenMapView, command, notice, progress_bar
 from thresher.report.console import table
 
 
@@ -52,18 +52,29 @@ def demo(
         "thresher-demo"
     ),
     seed: Annotated[int, typer.Option(help="For every random choice.", rich_help_panel=DATA)] = 0,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> Result:
     """Make a small model faster on this machine, without a download, and measure it.
 
     [bold]thresher demo --out thresher-demo[/]
     """
+    place = place_of(device)
     directory_to_write(out)
+
+    from rich.text import Text
 
     from thresher.demo import run_demo
 
-    found = run_demo(out, seed=seed, on_step=notice)
-    from rich.text import Text
+    with progress_bar(percent=True) as bar:
+        whole = bar.add_task("demo", total=1.0)
+        found = run_demo(
+            out,
+            seed=seed,
+            device=place,
+            on_step=notice,
+            on_progress=lambda share: bar.update(whole, completed=share),
+        )
 
     result = found.table()
     shown: list[Any] = [table(result.title, result.columns, result.rows, result.note)]

@@ -14,6 +14,7 @@ from thresher.cli.options import (
     BatchSize,
     Column,
     DataSource,
+    Device,
     Json,
     Limit,
     MaxLength,
@@ -26,6 +27,7 @@ from thresher.cli.options import (
     directory_to_write,
     method_config,
     one_target,
+    place_of,
 )
 from thresher.cli.screen import Result, command
 from thresher.errors import OptionError
@@ -54,6 +56,7 @@ def calibrate(
         Path | None, typer.Option(help="Default: DIR itself.", metavar="DIR", rich_help_panel=OUTPUT)
     ] = None,
     batch_size: BatchSize = 32,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> Result:
     """Set a method's strength, without training, so that a target holds on DATA.
@@ -64,6 +67,7 @@ def calibrate(
     config = method_config(method, settings) if method is not None else None
     if settings and method is None:
         raise OptionError("--set needs --method, whose setting it is.")
+    place = place_of(device)
 
     import thresher
     from thresher.calibration import calibrate as search
@@ -72,7 +76,7 @@ def calibrate(
     from thresher.measure.run import run, run_packed
     from thresher.model import attachment_of
 
-    opened = open_model(directory, plain_is_news=method is None)
+    opened = open_model(directory, place, plain_is_news=method is None)
     work = opened.text_work()
     if config is not None:
         if out is None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import RenderableType
 
 from thresher.cli.gains import STOCK_IS, gains, gains_table
 from thresher.cli.options import (
@@ -16,6 +19,7 @@ from thresher.cli.options import (
     BatchSize,
     Column,
     DataSource,
+    Device,
     Json,
     Kind,
     Limit,
@@ -29,6 +33,7 @@ from thresher.cli.options import (
     directory_to_write,
     method_config,
     one_target,
+    place_of,
     stage_overrides,
 )
 from thresher.cli.resume import resumable
@@ -37,8 +42,12 @@ from thresher.errors import OptionError
 from thresher.report.console import count, seconds
 
 if TYPE_CHECKING:
+    import datasets
     import numpy as np
 
+    from thresher.cli.models import Opened
+    from thresher.policy import PolicyConfig
+    from thresher.tasks.features import EncodedRows
 
 LABEL_FREE = {"label_weight": 0.0, "distil_weight": 1.0}
 
@@ -109,6 +118,7 @@ def fit(
         Precision, typer.Option(help="auto: bfloat16 where the machine multiplies it fast.", rich_help_panel=TRAINING)
     ] = "auto",
     batch_size: BatchSize = 32,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> Result:
     """Train a model with a method until a target holds, and save it.
@@ -121,46 +131,26 @@ def fit(
     config = method_config(method, settings)
     overrides = stage_overrides(stage)
     columns = assignments(column, "--column")
+    place = place_of(device)
     begun = time.monotonic()
 
-    from thresher.cli.data import hold_out, labels_of, read_rows, source_and_split
     from thresher.cli.models import open_start
-    from thresher.measure.run import run, run_packed
-    from thresher.model import attachment_of
-    from thresher.tasks import corpus
-    from thresher.training import fit as train
 
-    rows = read_rows(data, split="train", limit=limit, seed=seed)
-    if task is None and source_and_split(data)[0] == corpus.NAME:
-        task = "embedding"
-    if validation is None:
-        rows, held_out = hold_out(rows, seed)
-    else:
-        held_out = read_rows(validation, split="test", limit=validation_limit, seed=seed)
+    rows, held_out = _rows(data, validation, limit, validation_limit, seed)
     start, new_head = open_start(
         model,
         rows,
-        kind=task,
+        place,
+        kind=_kind(task, data),
         metric=metric,
         columns=columns,
         max_length=max_length,
         seed=seed,
         labels=not no_labels,
     )
-    labelled = not no_labels and start.work.kind != "embedding"
-    if fine_tune and start.work.kind == "embedding":
-        raise OptionError("--fine-tune is for classification and regression; embeddings learn from the model itself.")
-    if fine_tune and no_labels:
-        raise OptionError("--fine-tune needs labels; leave out --no-labels.")
-    fine_tune = new_head if fine_tune is None else fine_tune
-    if new_head and not fine_tune:
-        notice("The checkpoint has no trained head and is not fine-tuned first: its answers begin as noise")
-    if not labelled:
-        overrides = {**LABEL_FREE, **overrides}
-    encoded, checked = (start.encode(part, columns, labels=labelled) for part in (rows, held_out))
+    lessons = _lessons(start.work.kind, new_head, fine_tune, no_labels, overrides)
+    encoded, checked = (start.encode(part, columns, labels=lessons.labels) for part in (rows, held_out))
     directory_to_write(out)
-    truth = labels_of(checked) if labelled else None
-    stock = run_packed(start.model, checked.rows, batch_size=batch_size).predictions
     run_settings = {
         "model": model,
         "data": data,
@@ -170,62 +160,126 @@ def fit(
         "method": config.method,
         "settings": config.to_dict(),
         "max_length": start.limit(),
-        "labels": labelled,
-        "fine_tune": fine_tune,
-        "stages": overrides,
+        **dataclasses.asdict(lessons),
         "seed": seed,
     }
-    before: list[np.ndarray] = []
+    options = {
+        "speedup": speedup,
+        "max_loss": max_loss,
+        "seed": seed,
+        "precision": precision,
+        "use_cpu": place == "cpu",
+    }
     with resumable(out, run_settings):
-        with progress_bar() as bar:
-            fitted = train(
-                start.model,
-                config,
-                encoded.rows,
-                start.tokenizer,
-                out,
-                validation=checked.rows,
-                speedup=speedup,
-                max_loss=max_loss,
-                quality=start.work.quality(truth, stock),
-                fine_tune=fine_tune,
-                overrides=overrides,
-                seed=seed,
-                precision=precision,
-                notes={"task": start.work.notes()},
-                on_start=before.append,
-                on_stage=lambda now: notice(
-                    f"Training stage {now.name}: {now.epochs:g} epochs, {len(encoded.rows):,} rows"
-                ),
-                progress=False,
-                callbacks=[_bar_callback(bar)],
-            )
-        after = run(fitted, checked.rows, batch_size=batch_size)
-    result = gains(start.work, truth, before[0], after.predictions)
-    data_out: dict[str, Any] = {
+        found = _train(start, config, encoded, checked, out, lessons, batch_size, options)
+    found["seconds"] = time.monotonic() - begun
+    return Result(found, _shown(found, validation or data))
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What the model learns from. labels: whether the rows' own. stages: what overrides the settings of the stages."""
+
+    labels: bool
+    fine_tune: bool
+    stages: dict[str, Any]
+
+
+def _rows(
+    data: str, validation: str | None, limit: int | None, validation_limit: int | None, seed: int
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The rows to train on, and those that the target is met on."""
+    from thresher.cli.data import hold_out, read_rows
+
+    rows = read_rows(data, split="train", limit=limit, seed=seed)
+    if validation is None:
+        return hold_out(rows, seed)
+    return rows, read_rows(validation, split="test", limit=validation_limit, seed=seed)
+
+
+def _kind(task: Kind | None, data: str) -> Kind | None:
+    """The task that was asked for; the built-in corpus has but one."""
+    from thresher.cli.data import source_and_split
+    from thresher.tasks import corpus
+
+    return "embedding" if task is None and source_and_split(data)[0] == corpus.NAME else task
+
+
+def _lessons(kind: str, new_head: bool, fine_tune: bool | None, no_labels: bool, overrides: dict[str, Any]) -> Lessons:
+    """Whether to learn from labels and to fine-tune first. Raises OptionError where the options do not go together."""
+    if fine_tune and kind == "embedding":
+        raise OptionError("--fine-tune is for classification and regression; embeddings learn from the model itself.")
+    if fine_tune and no_labels:
+        raise OptionError("--fine-tune needs labels; leave out --no-labels.")
+    if new_head and fine_tune is False:
+        notice("The checkpoint has no trained head and is not fine-tuned first: its answers begin as noise")
+    labels = not no_labels and kind != "embedding"
+    return Lessons(
+        labels, new_head if fine_tune is None else fine_tune, overrides if labels else LABEL_FREE | overrides
+    )
+
+
+def _train(
+    start: Opened,
+    config: PolicyConfig,
+    encoded: EncodedRows,
+    checked: EncodedRows,
+    out: Path,
+    lessons: Lessons,
+    batch_size: int,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Train on `encoded` and save; what the model then gains on `checked`, over the one that the method started from."""
+    from thresher.cli.data import labels_of
+    from thresher.measure.run import run, run_packed
+    from thresher.model import policy_of
+    from thresher.training import fit as train
+
+    truth = labels_of(checked) if lessons.labels else None
+    reference = run_packed(start.model, checked.rows, batch_size=batch_size).predictions
+    before: list[np.ndarray] = []
+    with progress_bar() as bar:
+        fitted = train(
+            start.model,
+            config,
+            encoded.rows,
+            start.tokenizer,
+            out,
+            validation=checked.rows,
+            quality=start.work.quality(truth, reference),
+            fine_tune=lessons.fine_tune,
+            overrides=lessons.stages,
+            notes={"task": start.work.notes()},
+            on_start=before.append,
+            on_stage=lambda now: notice(
+                f"Training stage {now.name}: {now.epochs:g} epochs, {len(encoded.rows):,} rows"
+            ),
+            progress=False,
+            callbacks=[_bar_callback(bar)],
+            **options,
+        )
+    after = run(fitted, checked.rows, batch_size=batch_size)
+    return {
         "directory": str(out),
         "method": config.method,
-        "strength": attachment_of(fitted).policy.config.strength,  # type: ignore[union-attr]
+        "strength": policy_of(fitted).config.strength,
         "task": start.work.notes(),
         "rows": len(encoded.rows),
         "validation_rows": len(checked.rows),
         "speedup": after.speedup,
-        **result,
-        "seconds": time.monotonic() - begun,
+        **gains(start.work, truth, before[0], after.predictions),
     }
-    return Result(
-        data_out,
-        [
-            gains_table(
-                f"{config.method} on {count(len(checked.rows))} validation rows",
-                result,
-                after.speedup,
-            ),
-            STOCK_IS,
-            f"Saved to {out} after {seconds(data_out['seconds'])}.",
-            f"Next: thresher bench {out} {validation or data}",
-        ],
-    )
+
+
+def _shown(found: dict[str, Any], data: str) -> list[RenderableType]:
+    out = found["directory"]
+    title = f"{found['method']} on {count(found['validation_rows'])} validation rows"
+    return [
+        gains_table(title, found, found["speedup"]),
+        STOCK_IS,
+        f"Saved to {out} after {seconds(found['seconds'])}.",
+        f"Next: thresher bench {out} {data}",
+    ]
 
 
 def _bar_callback(bar: Any) -> Any:

@@ -80,13 +80,13 @@ class Opened:
         return self.work
 
 
-def open_model(name: str, *, plain_is_news: bool = True) -> Opened:
-    """What `fit` saved; or a plain checkpoint, packed with nothing dropped, which is said."""
+def open_model(name: str, device: str, *, plain_is_news: bool = True) -> Opened:
+    """What `fit` saved; or a plain checkpoint, packed with nothing dropped, which is said. On `device` (cpu, cuda)."""
     path = find(name)
     if (Path(path) / SETTINGS).is_file():
-        model = thresher.load(path)
+        model = thresher.load(path, device=device)
     else:
-        model = thresher.attach(_plain(path))
+        model = thresher.attach(_plain(path, device))
         if plain_is_news:
             notice(f"{name} is a plain checkpoint: it runs packed and drops nothing")
     noted = attachment_of(model).notes.get("task")
@@ -97,6 +97,7 @@ def open_model(name: str, *, plain_is_news: bool = True) -> Opened:
 def open_start(
     name: str,
     rows: datasets.Dataset,
+    device: str,
     *,
     kind: str | None,
     metric: str | None,
@@ -105,14 +106,14 @@ def open_start(
     seed: int,
     labels: bool = True,
 ) -> tuple[Opened, bool]:
-    """The model to train on `rows`, packed; and whether its head is new, and so has to be fine-tuned first."""
+    """The model to train on `rows`, packed, on `device`; and whether its head is new, and so has to be fine-tuned first."""
     path = find(name)
     rows = Work("start").named(rows, columns)
     set_seed(seed)
     if kind == "embedding":
         if metric not in (None, "cosine"):
             raise OptionError(f"Embeddings are scored by cosine, not by {metric!r}.")
-        model = thresher.attach(_sentence_transformer(path))
+        model = thresher.attach(_sentence_transformer(path, device))
         return Opened(model, model.tokenizer, Work("embedding", None, columns, max_length)), False
     config = _config(path)
     trained = _head(config) == "SequenceClassification"
@@ -133,8 +134,8 @@ def open_start(
             options["id2label"] = dict(enumerate(task.label_names))
             options["label2id"] = {label: number for number, label in enumerate(task.label_names)}
         model = _load(path, lambda: AutoModelForSequenceClassification.from_pretrained(path, **options))
-    thresher.attach(model)
-    return Opened(model.eval(), _tokenizer(model, path), Work(task.kind, task, columns, max_length)), not trained
+    thresher.attach(model.eval().to(device))
+    return Opened(model, _tokenizer(model, path), Work(task.kind, task, columns, max_length)), not trained
 
 
 def find(name: str) -> str:
@@ -165,13 +166,13 @@ def reach(model: Any) -> int:
     return min(positions, own) if own else positions
 
 
-def _plain(path: str) -> Any:
+def _plain(path: str, device: str) -> Any:
     if (Path(path) / "modules.json").is_file():
-        return _sentence_transformer(path)
+        return _sentence_transformer(path, device)
     config = _config(path)
     name = (config.architectures or [""])[0]
     kind = getattr(transformers, name, AutoModel)
-    return _load(path, lambda: kind.from_pretrained(path)).eval()
+    return _load(path, lambda: kind.from_pretrained(path)).eval().to(device)
 
 
 def _config(path: str) -> Any:
@@ -183,12 +184,12 @@ def _head(config: Any) -> str | None:
     return found.group(1) if found else None
 
 
-def _sentence_transformer(path: str) -> Any:
+def _sentence_transformer(path: str, device: str) -> Any:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise OptionError('Embeddings need sentence-transformers: pip install "thresher[embed]".') from error
-    return _load(path, lambda: SentenceTransformer(path)).eval()
+    return _load(path, lambda: SentenceTransformer(path, device=device)).eval()
 
 
 def _tokenizer(model: Any, path: str) -> Any:

@@ -79,6 +79,10 @@ MethodSetting = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="For every random choice.", rich_help_panel=DATA)]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows run at a time.", metavar="ROWS", rich_help_panel=OUTPUT)]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"],
+    typer.Option(help="Where the model runs. auto: cuda where there is a GPU.", rich_help_panel=OUTPUT),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.", rich_help_panel=OUTPUT)]
 
 
@@ -91,6 +95,16 @@ def one_target(speedup: float | None, max_loss: float | None, *, required: bool)
         raise OptionError(f"--speedup must be at least 1, not {speedup}.")
     if max_loss is not None and not 0.0 <= max_loss < float("inf"):
         raise OptionError(f"--max-loss must be at least 0, not {max_loss}.")
+
+
+def place_of(device: str) -> str:
+    """cpu or cuda. Raises OptionError when a GPU is asked for that torch does not find."""
+    import torch
+
+    found = torch.cuda.is_available()
+    if device == "cuda" and not found:
+        raise OptionError("--device cuda: torch finds no GPU here; give --device cpu, or leave it out.")
+    return device if device != "auto" else "cuda" if found else "cpu"
 
 
 def assignments(items: Sequence[str] | None, option: str) -> dict[str, str]:

@@ -15,11 +15,13 @@ from thresher.cli.options import (
     OUTPUT,
     BatchSize,
     Column,
+    Device,
     Json,
     MaxLength,
     ModelDirectory,
     assignments,
     file_to_write,
+    place_of,
 )
 from thresher.cli.screen import Result, TokenMapView, command, progress
 from thresher.errors import OptionError
@@ -59,6 +61,7 @@ def predict(
         typer.Option(help="Write one JSON object a row, in order.", metavar="FILE.jsonl", rich_help_panel=OUTPUT),
     ] = None,
     batch_size: BatchSize = 32,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> Result:
     """Answer rows or texts: label and probability, value, or embedding.
@@ -69,13 +72,14 @@ def predict(
         raise OptionError("Give either DATA or --text.")
     if out is not None:
         file_to_write(out)
+    place = place_of(device)
 
     from thresher.cli.data import read_rows
     from thresher.cli.models import open_model
     from thresher.measure.run import run
     from thresher.report._support import write_whole
 
-    opened = open_model(directory)
+    opened = open_model(directory, place)
     work = opened.text_work()
     rows = _given(text, pair) if data is None else read_rows(data, split="test")
     rows = work.named(rows, assignments(column, "--column"))
@@ -107,6 +111,7 @@ def explain(
         Path | None,
         typer.Option(help="Write a page with a slider for the layer.", metavar="FILE", rich_help_panel=OUTPUT),
     ] = None,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> Result:
     """Show which words a model stopped reading, and at which layer.
@@ -119,13 +124,14 @@ def explain(
         raise OptionError('Give a text to explain: --text "…".')
     if html is not None:
         file_to_write(html)
+    place = place_of(device)
 
     from thresher.cli.models import open_model
     from thresher.explanation import explain as token_maps
     from thresher.report._support import write_whole
     from thresher.report.tokens import to_html
 
-    opened = open_model(directory)
+    opened = open_model(directory, place)
     rows = _given(text, pair)
     limit = opened.limit(max_length)
     # Encoded here as well, for what it says of cut and empty texts.

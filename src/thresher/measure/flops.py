@@ -9,14 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from thresher.measure.layer import layer_flops
 from thresher.policy import Geometry, Policy, Trace
-
-
-def layer_flops(geometry: Geometry, read: int, fed: int) -> int:
-    """One layer for one row: `read` tokens attend, `fed` tokens pass the feed-forward."""
-    d = geometry.hidden
-    wide = (6 if geometry.gated else 4) * geometry.intermediate
-    return 8 * read * d * d + 4 * read * read * d + fed * d * wide
 
 
 def dense_flops(geometry: Geometry, length: int) -> int:

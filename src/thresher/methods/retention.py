@@ -61,6 +61,14 @@ class Retention(PolicyConfig):
             curve = self.retention
         return tuple(f**self.strength for f in curve)
 
+    def layer_counts(self, geometry: Geometry) -> tuple[int, ...] | None:
+        """Instead of fractions: the number of tokens that each layer keeps of any row, strength applied."""
+        return None
+
+    def scoring(self) -> tuple[scores.Score, Wanted]:
+        """What rates the tokens, and the evidence it needs."""
+        return scores.SCORES[self.score]
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionMass(Retention):
@@ -86,14 +94,32 @@ class AttentionMass(Retention):
         if any(b > a for a, b in pairwise(self.counts)):
             raise OptionError(f"counts must not rise from layer to layer, not {self.counts}.")
 
+    def layer_counts(self, geometry: Geometry) -> tuple[int, ...] | None:
+        if self.counts is None:
+            return None
+        if len(self.counts) != geometry.layers:
+            raise OptionError(
+                f"counts has {len(self.counts)} entries but the model has {geometry.layers} layers; give one for each."
+            )
+        if self.strength == 0:
+            return None  # the fractions, to the power of 0, keep everything
+        return tuple(max(round(count / self.strength), self.min_tokens) for count in self.counts)
+
+    def scoring(self) -> tuple[scores.Score, Wanted]:
+        return scores.SCORES["attention-mass-off-diagonal" if self.off_diagonal else self.score]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RandomTokens(Retention):
     """Keep random tokens: what every score has to beat."""
 
     method: ClassVar[str] = "random"
+    exports: ClassVar[bool] = False  # its hash shifts bits of 64-bit integers, which ONNX does not
     score: ClassVar[str] = "random"
     seed: int = 0
+
+    def scoring(self) -> tuple[scores.Score, Wanted]:
+        return partial(scores.random, seed=self.seed), NOTHING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,31 +160,18 @@ class CascadeTopK(Retention):
         return tuple(1.0 - (1.0 - rate) * max(layer - unpruned, 0) / steps for layer in range(1, layers + 1))
 
 
-def _counts(config: Retention, geometry: Geometry) -> tuple[int, ...] | None:
-    counts: tuple[int, ...] | None = getattr(config, "counts", None)
-    if counts is None or config.strength == 0:
-        return counts
-    if len(counts) != geometry.layers:
-        raise OptionError(
-            f"counts has {len(counts)} entries but the model has {geometry.layers} layers; give one for each."
-        )
-    return tuple(max(round(count / config.strength), config.min_tokens) for count in counts)
-
-
 class RetentionPolicy(Policy[Retention]):
     """Any score with the fraction rule."""
 
     def __init__(self, config: Retention, geometry: Geometry) -> None:
         super().__init__(config, geometry)
         self.fractions = config.fractions(geometry)
-        self.counts = _counts(config, geometry)
-        name = "attention-mass-off-diagonal" if getattr(config, "off_diagonal", False) else config.score
-        score, self.wanted = scores.SCORES[name]
-        self.score = partial(scores.random, seed=config.seed) if isinstance(config, RandomTokens) else score
+        self.counts = config.layer_counts(geometry)
+        self.score, self.wanted = config.scoring()
 
     def _drops_at(self, layer: int) -> bool:
         if self.counts is not None:
-            return self.config.strength > 0 and (layer == 1 or self.counts[layer - 1] < self.counts[layer - 2])
+            return layer == 1 or self.counts[layer - 1] < self.counts[layer - 2]
         before = self.fractions[layer - 2] if layer > 1 else 1.0
         return self.fractions[layer - 1] < before
 

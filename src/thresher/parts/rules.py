@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from thresher.packed import PackedTokens
+from thresher.packed import PackedTokens, being_exported
 
 
 def ranks(score: Tensor, tokens: PackedTokens) -> Tensor:
@@ -17,18 +17,28 @@ def ranks(score: Tensor, tokens: PackedTokens) -> Tensor:
     score = score.masked_fill(tokens.layout.protected, float("inf"))
     if tokens.alive is not None:
         score = score.masked_fill(~tokens.alive, float("-inf"))
-    rows = tokens.layout.rows
-    by_score = score.argsort(stable=True, descending=True)
-    order = by_score[rows[by_score].argsort(stable=True)]
-    starts = tokens.layout.cu_seqlens[:-1].to(torch.int64)
-    place = torch.arange(len(order), device=order.device) - starts[rows]
-    return torch.empty_like(place).index_copy(0, order, place)
+    order = _falling(score)
+    place = torch.arange(order.shape[0], device=order.device)
+    if not tokens.layout.single:
+        rows = tokens.layout.rows
+        order = order[rows[order].argsort(stable=True)]
+        place = place - tokens.layout.cu_seqlens[:-1].to(torch.int64)[rows]
+    return torch.empty_like(place).scatter(0, order, place)
+
+
+def _falling(score: Tensor) -> Tensor:
+    """[T] int64, the indices that sort by falling score, ties by index."""
+    if (
+        being_exported()
+    ):  # ONNX's TopK keeps ties in order by definition, torch's does not; a stable sort has no operator
+        return score.topk(score.shape[0]).indices
+    return score.argsort(stable=True, descending=True)
 
 
 def keep_fraction(score: Tensor, tokens: PackedTokens, fraction: float, minimum: int = 1) -> Tensor:
     """[T] bool: the best max(minimum, round(fraction x original length)) tokens of each row."""
     count = (tokens.layout.original * fraction).round().clamp(min=minimum).to(torch.int64)
-    return ranks(score, tokens) < count[tokens.layout.rows]
+    return ranks(score, tokens) < tokens.layout.spread(count)
 
 
 def keep_count(score: Tensor, tokens: PackedTokens, count: int) -> Tensor:

@@ -40,10 +40,10 @@ def random(tokens: PackedTokens, evidence: Evidence, *, seed: int = 0) -> Tensor
     Not a generator, so that an answer does not depend on the batch, and a later layer keeps a subset of what an earlier
     one kept.
     """
-    starts = tokens.layout.positions.new_zeros(len(tokens.layout.lengths))
-    starts = starts.scatter_reduce(0, tokens.layout.rows, tokens.positions, "amin", include_self=False)
-    place = tokens.positions - starts[tokens.layout.rows]
-    mixed = place * 2654435761 + tokens.layout.original[tokens.layout.rows] * 40503 + (seed + 1) * 2246822519
+    layout = tokens.layout
+    starts = layout.width - layout.largest(layout.width - tokens.positions)
+    place = tokens.positions - layout.spread(starts)
+    mixed = place * 2654435761 + layout.spread(layout.original) * 40503 + (seed + 1) * 2246822519
     for multiplier in (2146121005, 2221713035):  # two rounds of xor-shift-multiply on 31 bits
         mixed = mixed & 0x7FFFFFFF
         mixed = (mixed ^ (mixed >> 15)) * multiplier
@@ -54,9 +54,7 @@ def relative(score: Tensor, tokens: PackedTokens) -> Tensor:
     """score / its maximum over the row's living tokens."""
     if tokens.alive is not None:
         score = score.masked_fill(~tokens.alive, 0.0)
-    top = score.new_zeros(len(tokens.layout.lengths))
-    top = top.scatter_reduce(0, tokens.layout.rows, score, "amax", include_self=False)
-    return score / top[tokens.layout.rows].clamp(min=1e-12)
+    return score / tokens.layout.spread(tokens.layout.largest(score)).clamp(min=1e-12)
 
 
 SCORES: dict[str, tuple[Score, Wanted]] = {

@@ -6,11 +6,13 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+from accelerate import PartialState
 
 from thresher import checkpoint
 from thresher.calibration import Calibration, Quality, calibrate
@@ -19,9 +21,10 @@ from thresher.measure.run import run_packed
 from thresher.model import attach, attachment_of, find_encoder, policy_of, save, set_config
 from thresher.policy import PolicyConfig, Stage
 from thresher.training.learner import stock_copy
-from thresher.training.stages import run_stage
+from thresher.training.stages import run_stage, trains_on_cpu
 
 FIRST_GUESS = 2.0
+RUN = "fit.json"
 
 
 def fit(
@@ -57,6 +60,7 @@ def fit(
     nothing dropped): what gains and losses are counted from.
     notes: saved with the model (`attachment_of(model).notes`), e.g. what task it was trained for.
     arguments: anything else run_stage takes.
+    Under torchrun every process calls it with the same arguments, and a directory that all of them see; the main one writes.
     """
     work = Path(directory) / "training"
     attach(model, policy)
@@ -68,7 +72,10 @@ def fit(
     targeted = speedup is not None or max_loss is not None
     if targeted and validation is None:
         raise OptionError("A target needs validation rows to be met on; give validation=.")
-    _same_run(work, model, plan, rows, seed)
+    processes = PartialState(cpu=trains_on_cpu(arguments))
+    settings = _settings(model, plan, rows, seed)
+    _refuse_another_run(work, settings)
+    _by_one(processes, lambda: _begin(work, settings))
     teacher = reference = None
     for number, stage in enumerate(plan, start=1):
         done = work / f"{number}-{stage.name}" / "done"
@@ -87,19 +94,23 @@ def fit(
         if on_stage:
             on_stage(stage)
         run_stage(model, stage, rows, tokenizer, done.parent, teacher=teacher, seed=seed, **arguments)
-        save(model, done)
-        for old in done.parent.glob("checkpoint-*"):
-            shutil.rmtree(old, ignore_errors=True)
+        _by_one(processes, partial(_keep, model, done))
     if validation is not None and targeted:
         calibrate(model, validation, speedup=speedup, max_loss=max_loss, quality=quality, reference=reference)
-    save(model, directory)
-    shutil.rmtree(work, ignore_errors=True)
-    tokenizer.save_pretrained(str(directory))
+    _by_one(processes, lambda: _finish(model, tokenizer, directory, work))
     return model
 
 
-def _same_run(work: Path, model: Any, plan: tuple[Stage, ...], rows: datasets.Dataset, seed: int) -> None:
-    """Refuse to go on with what another run has begun in the same place; a target may change, finished stages serve any."""
+def _by_one(processes: PartialState, write: Callable[[], object]) -> None:
+    """Let the main process write, once every other one is done with what was there, and the others wait for it."""
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        write()
+    processes.wait_for_everyone()
+
+
+def _settings(model: Any, plan: tuple[Stage, ...], rows: datasets.Dataset, seed: int) -> dict[str, Any]:
+    """What a run must have in common with the one it goes on with; a target may change, finished stages serve any."""
     config = policy_of(model).config
     ends = [rows[i]["input_ids"] for i in (0, -1)] if len(rows) else []
     settings = {
@@ -109,8 +120,11 @@ def _same_run(work: Path, model: Any, plan: tuple[Stage, ...], rows: datasets.Da
         "rows": [len(rows), ends],
         "seed": seed,
     }
-    settings = json.loads(json.dumps(settings))
-    file = work / "fit.json"
+    return json.loads(json.dumps(settings))  # type: ignore[no-any-return]
+
+
+def _refuse_another_run(work: Path, settings: dict[str, Any]) -> None:
+    file = work / RUN
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
         changed = [name for name in settings if before.get(name) != settings[name]]
@@ -119,8 +133,24 @@ def _same_run(work: Path, model: Any, plan: tuple[Stage, ...], rows: datasets.Da
                 f"{work} holds an unfinished run with other settings ({', '.join(changed)}); remove it, or "
                 "give another directory."
             )
+
+
+def _begin(work: Path, settings: dict[str, Any]) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    (work / RUN).write_text(json.dumps(settings) + "\n", encoding="utf-8")
+
+
+def _keep(model: Any, done: Path) -> None:
+    """A finished stage, whose checkpoints have served."""
+    save(model, done)
+    for old in done.parent.glob("checkpoint-*"):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _finish(model: Any, tokenizer: Any, directory: str | Path, work: Path) -> None:
+    save(model, directory)
+    shutil.rmtree(work, ignore_errors=True)
+    tokenizer.save_pretrained(str(directory))
 
 
 def _first_drop(model: Any, validation: datasets.Dataset, speedup: float | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,9 +49,14 @@ class _StageTrainer(Trainer):
         return self.optimizer
 
 
-def bfloat16_is_fast() -> bool:
-    """Whether this machine multiplies bfloat16 natively (a GPU that can, or AVX-512 BF16 / AMX)."""
-    if torch.cuda.is_available():
+def trains_on_cpu(arguments: Mapping[str, Any]) -> bool:
+    """Where a stage runs: on the GPU where there is one, unless `use_cpu` says otherwise."""
+    return bool(arguments.get("use_cpu", not torch.cuda.is_available()))
+
+
+def bfloat16_is_fast(on_cpu: bool) -> bool:
+    """Whether the place of training multiplies bfloat16 natively (a GPU that can, or AVX-512 BF16 / AMX)."""
+    if not on_cpu:
         return bool(torch.cuda.is_bf16_supported())
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
@@ -77,7 +82,7 @@ def run_stage(
     directory: checkpoints go here; a run that was interrupted goes on from the last one when `resume`.
     teacher: the stock model for distillation; by default a copy of the model as it is now.
     progress: transformers' own bars; callbacks: those of your own, for another display.
-    arguments: anything else transformers.TrainingArguments takes (gradient_accumulation_steps, max_steps, ...).
+    arguments: anything else transformers.TrainingArguments takes (gradient_accumulation_steps, max_steps, use_cpu, ...).
     Raises OptionError when the stage needs labels that the rows lack.
     """
     if stage.label_weight and "labels" not in rows.column_names and "start_positions" not in rows.column_names:
@@ -95,6 +100,7 @@ def run_stage(
         parameter.requires_grad_(False)
     per_token = "labels" in rows.column_names and isinstance(rows[0]["labels"], list)
     collator = DataCollatorForTokenClassification if per_token else DataCollatorWithPadding
+    on_cpu = trains_on_cpu(arguments)
     options = {
         "output_dir": str(directory),
         "num_train_epochs": stage.epochs,
@@ -102,8 +108,8 @@ def run_stage(
         "per_device_train_batch_size": stage.batch_size,
         "warmup_steps": stage.warmup,
         "weight_decay": stage.weight_decay,
-        "bf16": precision == "bfloat16" or (precision == "auto" and bfloat16_is_fast()),
-        "use_cpu": not torch.cuda.is_available(),
+        "bf16": precision == "bfloat16" or (precision == "auto" and bfloat16_is_fast(on_cpu)),
+        "use_cpu": on_cpu,
         "save_strategy": "steps",
         "save_steps": 500,
         "save_total_limit": 1,
@@ -112,7 +118,7 @@ def run_stage(
         "seed": seed,
         "disable_tqdm": not progress,
         "remove_unused_columns": False,
-        "dataloader_pin_memory": torch.cuda.is_available(),
+        "dataloader_pin_memory": not on_cpu,
         "log_level": "error",
     }
     settings = TrainingArguments(**{**options, **arguments})

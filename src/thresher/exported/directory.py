@@ -1,0 +1,106 @@
+"""What an exported directory holds: the graph, the tokenizer, and exported.json, which vouches for both. Needs no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from thresher.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST = "exported.json"
+TOKENIZER = "tokenizer.json"
+
+Runtime = Literal["onnx", "openvino"]
+GRAPH = {"onnx": "model.onnx", "openvino": "model.xml"}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """inputs, outputs: the graph's, by name; the first output is the answer. int8: whether the layers' weights are.
+
+    geometry: sizes of the encoder; overhead: for each layer [c0, c1, c2], the method's own FLOPs on n tokens being c0 + c1 n
+    + c2 n^2. labels: names of the classes, or none. notes: what the model carried (its task). checked: how far the graph
+    was found from the torch engine. files: sha256 by name.
+    """
+
+    runtime: Runtime
+    int8: bool
+    method: str | None
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    max_length: int
+    geometry: dict[str, Any]
+    overhead: tuple[tuple[float, float, float], ...]
+    labels: tuple[str, ...] = ()
+    notes: dict[str, Any] = field(default_factory=dict)
+    checked: dict[str, float] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+    def write(self, directory: Path) -> None:
+        """Write exported.json, with the checksums of the files that are there now."""
+        files = {str(f.relative_to(directory)): sha256(f) for f in sorted(directory.rglob("*")) if f.is_file()}
+        text = json.dumps({"format": FORMAT, **asdict(self), "files": files}, indent=1)
+        (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_exported(directory: Any) -> bool:
+    return (Path(directory) / MANIFEST).is_file()
+
+
+def read(directory: Any) -> Manifest:
+    """Read exported.json and check every file against it.
+
+    Raises CheckpointError: no such directory, another format, a file that is missing or has changed.
+    """
+    path = Path(directory)
+    file = path / MANIFEST
+    if not file.is_file():
+        raise CheckpointError(f"{path} has no {MANIFEST}; give a directory that thresher.export wrote.")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        version = values.pop("format")
+        if version == FORMAT:
+            manifest = _manifest(values)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file} is corrupted ({type(error).__name__}: {error}); export the model again."
+        ) from error
+    if version != FORMAT:
+        raise CheckpointError(
+            f"{file} has format {version!r}, this version reads {FORMAT}; export the model again with this version."
+        )
+    for name, digest in manifest.files.items():
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path} lacks {name}; copy the whole directory or export the model again.")
+        if sha256(path / name) != digest:
+            raise CheckpointError(f"{path / name} has changed since it was exported; export the model again.")
+    return manifest
+
+
+def _manifest(values: dict[str, Any]) -> Manifest:
+    manifest = Manifest(
+        **{
+            **values,
+            "inputs": tuple(values["inputs"]),
+            "outputs": tuple(values["outputs"]),
+            "labels": tuple(values["labels"]),
+            "overhead": tuple(tuple(layer) for layer in values["overhead"]),
+        }
+    )
+    if manifest.runtime not in get_args(Runtime):
+        raise ValueError(f"runtime is {manifest.runtime!r}")
+    if GRAPH[manifest.runtime] not in manifest.files:
+        raise ValueError("it names no graph")
+    return manifest
+
+
+__all__ = ["FORMAT", "GRAPH", "MANIFEST", "TOKENIZER", "Manifest", "Runtime", "is_exported", "read", "sha256"]

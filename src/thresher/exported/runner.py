@@ -1,0 +1,162 @@
+"""Run an exported model without torch: one sequence a call, so there is no padding and every drop is real.
+
+Many sequences: one worker a core, longest first. One sequence: all cores inside the call. Needs numpy, tokenizers and the
+runtime (`pip install "thresher[onnx]"`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thresher.errors import DataError, OptionError
+from thresher.exported import directory as files
+from thresher.exported.sessions import cores, open_session
+from thresher.measure.layer import Sizes, layer_flops
+
+Text = str | tuple[str, str]
+Row = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What the graph said of one sequence of N tokens.
+
+    answer: logits [C], embedding [D] or score; [N, C] for heads that say something of every token (start and end logits
+    side by side). dropped_at: [N] int64, the layer at which each token was dropped, 0 = kept to the end.
+    """
+
+    answer: NDArray[np.float32]
+    dropped_at: NDArray[np.int64]
+
+
+class Runner:
+    """An exported directory, ready to answer. Safe under threads.
+
+    workers: sequences run at a time, one a core; None for the cores this process may use.
+
+    Raises CheckpointError for a directory that is incomplete or has changed, ThresherError when the runtime is not
+    installed.
+    """
+
+    def __init__(self, path: str | Path, *, workers: int | None = None) -> None:
+        self.path = Path(path)
+        self.manifest = files.read(path)
+        self.workers = cores() if workers is None else workers
+        if self.workers < 1:
+            raise OptionError(f"workers must be at least 1, not {workers}.")
+        self._sessions: dict[int, Any] = {}
+        self._tokenizer: Any = None
+
+    def predict(self, texts: Sequence[Text], *, on_done: Callable[[int], object] | None = None) -> Any:
+        """What the model says of texts, or of pairs of texts, in their order: [n, ...] float32, or a list of [N, C] for heads
+        that say something of every token. Longer texts are cut to the length it was exported for."""
+        return self.answers(self.encode(texts), on_done=on_done)
+
+    def answers(self, rows: Sequence[Row], *, on_done: Callable[[int], object] | None = None) -> Any:
+        """The same from token ids: each row a mapping with the graph's inputs, as `encode` makes them."""
+        outputs = [output.answer for output in self.run(rows, on_done=on_done)]
+        same = len({o.shape for o in outputs}) == 1 and outputs[0].ndim < 2
+        return np.stack(outputs) if same else outputs
+
+    def run(self, rows: Sequence[Row], *, on_done: Callable[[int], object] | None = None) -> list[Output]:
+        """Answers and what was dropped, in the order of the rows.
+
+        on_done: called with 1 after each row (progress bars), from the worker's thread.
+        """
+        feeds = [self._feed(row, number) for number, row in enumerate(rows, start=1)]
+        workers = min(self.workers, len(feeds))
+        session = self._session(self.workers if workers <= 1 else 1)
+
+        def one(index: int) -> Output:
+            output = self._output(session(feeds[index]))
+            if on_done:
+                on_done(1)
+            return output
+
+        if workers <= 1:
+            return [one(i) for i in range(len(feeds))]
+        order = sorted(range(len(feeds)), key=lambda i: -feeds[i]["input_ids"].shape[1])
+        with ThreadPoolExecutor(workers) as pool:
+            done = dict(zip(order, pool.map(one, order), strict=True))
+        return [done[i] for i in range(len(feeds))]
+
+    def encode(self, texts: Sequence[Text]) -> list[dict[str, list[int]]]:
+        """Token ids (and token types where the model takes them) of texts or of pairs."""
+        if isinstance(texts, str):
+            raise DataError("Give a list of texts, not one text.")
+        for number, text in enumerate(texts, start=1):
+            pair = isinstance(text, list | tuple) and len(text) == 2 and all(isinstance(t, str) for t in text)
+            if not (isinstance(text, str) or pair):
+                raise DataError(f"Text {number} is neither a text nor a pair of texts but {type(text).__name__}.")
+        encodings = self._load_tokenizer().encode_batch([t if isinstance(t, str) else tuple(t) for t in texts])
+        columns = {"input_ids": "ids", "token_type_ids": "type_ids"}
+        return [{name: getattr(e, columns[name]) for name in self.manifest.inputs} for e in encodings]
+
+    def speedup(self, outputs: Iterable[Output]) -> float:
+        """FLOPs of the same sequences with nothing dropped / FLOPs spent, the method's own work included."""
+        sizes = Sizes(**self.manifest.geometry)
+        spent = dense = 0.0
+        for output in outputs:
+            length = len(output.dropped_at)
+            read = length
+            for layer, (c0, c1, c2) in enumerate(self.manifest.overhead, start=1):
+                gone = (output.dropped_at > 0) & (output.dropped_at <= layer)
+                fed = length - int(gone.sum())
+                spent += layer_flops(sizes, read, fed if sizes.midpoint else read) + c0 + c1 * read + c2 * read * read
+                dense += layer_flops(sizes, length, length)
+                read = fed
+        return dense / spent if spent else 1.0
+
+    def _feed(self, row: Row, number: int) -> dict[str, NDArray[np.int64]]:
+        lengths = set()
+        feed = {}
+        for name in self.manifest.inputs:
+            if name not in row and name == "token_type_ids":
+                feed[name] = np.zeros((1, len(row["input_ids"])), dtype=np.int64)
+                continue
+            if name not in row:
+                raise DataError(f"Row {number} has no {name}, which this model reads.")
+            feed[name] = np.asarray(row[name], dtype=np.int64).reshape(1, -1)
+            lengths.add(feed[name].shape[1])
+        if len(lengths) > 1 or not min(lengths) or max(lengths) > self.manifest.max_length:
+            raise DataError(
+                f"Row {number} must have 1 to {self.manifest.max_length} tokens, as many of each input; it has "
+                f"{' and '.join(map(str, sorted(lengths)))}."
+            )
+        return feed
+
+    def _output(self, values: Sequence[NDArray[Any]]) -> Output:
+        named = dict(zip(self.manifest.outputs, values, strict=True))
+        dropped = named.pop("dropped_at")
+        answers = list(named.values())
+        answer = np.stack(answers, -1) if len(answers) > 1 else answers[0]
+        return Output(answer[0], dropped)
+
+    def _session(self, threads: int) -> Any:
+        if threads not in self._sessions:
+            graph = self.path / files.GRAPH[self.manifest.runtime]
+            self._sessions[threads] = open_session(self.manifest.runtime, graph, self.manifest.outputs, threads)
+        return self._sessions[threads]
+
+    def _load_tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            file = self.path / files.TOKENIZER
+            if not file.is_file():
+                raise OptionError(f"{self.path} was exported without a tokenizer; give token ids to answers() instead.")
+            from tokenizers import Tokenizer
+
+            tokenizer = Tokenizer.from_file(str(file))
+            tokenizer.no_padding()
+            tokenizer.enable_truncation(self.manifest.max_length)
+            self._tokenizer = tokenizer
+        return self._tokenizer
+
+
+__all__ = ["Output", "Runner"]

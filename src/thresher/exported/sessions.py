@@ -1,0 +1,95 @@
+"""The two runtimes behind one call: a dictionary of arrays in, a list of arrays out. Needs no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thresher.errors import CheckpointError, ThresherError
+from thresher.exported.directory import Runtime
+
+Session = Callable[[dict[str, NDArray[np.int64]]], Sequence[NDArray[Any]]]
+
+
+def require(runtime: Runtime) -> Any:
+    """The runtime's module. Raises ThresherError, saying which extra to install."""
+    try:
+        if runtime == "onnx":
+            import onnxruntime
+
+            return onnxruntime
+        import openvino
+
+        return openvino
+    except ImportError as error:
+        package = "onnxruntime" if runtime == "onnx" else "openvino"
+        raise ThresherError(f'{package} is not installed; run pip install "thresher[{runtime}]".') from error
+
+
+def open_session(runtime: Runtime, graph: Path, outputs: Sequence[str], threads: int) -> Session:
+    """threads: cores that one call may use; with one, several calls may run at a time."""
+    module = require(runtime)
+    make = _onnx if runtime == "onnx" else _openvino
+    try:
+        return make(module, graph, list(outputs), threads)
+    except Exception as error:  # each runtime has errors of its own
+        raise CheckpointError(f"{graph} does not load in {module.__name__}: {_first_line(error)}") from error
+
+
+def _onnx(onnxruntime: Any, graph: Path, outputs: list[str], threads: int) -> Session:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # A spinning pool takes the cores from the other workers, and gains nothing on short calls.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    return lambda feed: session.run(outputs, feed)  # type: ignore[no-any-return]
+
+
+def _openvino(openvino: Any, graph: Path, outputs: list[str], threads: int) -> Session:
+    core = openvino.Core()
+    model = core.read_model(str(graph))
+    # float32 is what was checked: some processors would take bfloat16 unasked.
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+    if threads > 1:
+        settings |= {"NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads}
+    else:
+        settings |= {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": cores(), "INFERENCE_NUM_THREADS": cores()}
+    compiled = core.compile_model(model, "CPU", settings)
+    ports = [compiled.output(name) for name in outputs]
+    idle: SimpleQueue[Any] = SimpleQueue()
+    for _ in range(cores() if threads == 1 else 1):
+        idle.put(compiled.create_infer_request())
+
+    def run(feed: dict[str, NDArray[np.int64]]) -> list[NDArray[Any]]:
+        request = idle.get()
+        try:
+            found = request.infer(feed)
+            return [np.array(found[port]) for port in ports]
+        finally:
+            idle.put(request)
+
+    return run
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        return os.cpu_count() or 1
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+__all__ = ["Session", "cores", "open_session", "require"]

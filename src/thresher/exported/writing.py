@@ -1,0 +1,278 @@
+"""thresher.export: trace, quantize, check against the torch engine, and only then put the directory in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+from thresher import checkpoint
+from thresher.errors import OptionError, ThresherError
+from thresher.exported import directory as files
+from thresher.exported.directory import Manifest, Runtime
+from thresher.exported.graph import call, check_exportable, input_names, write_graph
+from thresher.exported.runner import Output, Runner
+from thresher.exported.sessions import require
+from thresher.linears import has_int8_instructions
+from thresher.measure.run import said
+from thresher.model import attachment_of, evaluating, find_encoder
+from thresher.policy import tracing
+
+TOLERANCE = 1e-4
+TIES = 0.1  # the share of rows in which a rounding may decide between two tokens of equal score
+
+DEFAULT_MAX_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written, and how far it is from the torch engine on the rows it was checked with.
+
+    difference: the largest, in float32, over rows from which the same tokens were dropped; ties: the share of the others,
+    where two tokens' scores differ by a rounding. int8_difference: the largest of the int8 graph from float32, and
+    int8_agreement the share of rows whose largest answer is at the same place (None without int8).
+    """
+
+    directory: Path
+    runtime: Runtime
+    difference: float
+    ties: float
+    int8_difference: float | None = None
+    int8_agreement: float | None = None
+
+
+def export(
+    model: Any,
+    directory: str | Path,
+    *,
+    runtime: Runtime = "onnx",
+    int8: bool | None = None,
+    tokenizer: Any = None,
+    rows: Sequence[Mapping[str, Sequence[int]]] | None = None,
+    max_length: int | None = None,
+) -> Export:
+    """Write an attached model as one graph that drops tokens inside itself, with what runs it without torch.
+
+    runtime: "onnx" (ONNX Runtime) or "openvino". int8: quantize the layers' weights, by channel; None: as the model is
+    attached (`thresher.quantize`).
+    tokenizer: written beside the graph, so that `Runner.predict` takes texts; a SentenceTransformer's or CrossEncoder's own
+    is taken by itself. rows: real inputs (token ids) to check with; without them random ones of 1 to max_length tokens.
+    max_length: the most tokens a sequence may have; None for what model and tokenizer read, at most 512.
+
+    Everything is written or nothing. Raises OptionError for a policy that no graph can hold, and ThresherError when a
+    package is missing or the graph does not answer as the torch engine does.
+    """
+    if runtime not in get_args(Runtime):
+        raise OptionError(f"runtime is one of {', '.join(get_args(Runtime))}, not {runtime!r}.")
+    check_exportable(model)
+    require("onnx")
+    require(runtime)
+    int8 = attachment_of(model).engine.precision == "int8" if int8 is None else int8
+    tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
+    limit = _limit(model, tokenizer, max_length)
+    checked = list(rows) if rows is not None else _random_rows(model, limit)
+    if not checked:
+        raise OptionError("The rows to check the graph with are empty; give some, or None for random ones.")
+    checked = [{k: list(v)[:limit] for k, v in row.items() if k in ("input_ids", "token_type_ids")} for row in checked]
+    with checkpoint.staged(directory, last=files.MANIFEST) as staging:
+        inputs, outputs = write_graph(model, staging / files.GRAPH["onnx"])
+        if tokenizer is not None:
+            _write_tokenizer(tokenizer, staging)
+        manifest = _manifest(model, runtime, inputs, outputs, limit)
+        exact = _finish(manifest, staging, int8=False, rows=checked)
+        expected = [_by_torch(model, row) for row in checked]
+        difference, ties = _compare(expected, exact)
+        found = {"difference": difference, "ties": ties}
+        if int8:
+            approximate = _finish(manifest, staging, int8=True, rows=checked)
+            found |= _int8_cost(exact, approximate)
+        _write_manifest(manifest, staging, int8=int8, checked=found)
+    return Export(Path(directory), runtime, **found)
+
+
+def _finish(manifest: Manifest, staging: Path, *, int8: bool, rows: list[dict[str, list[int]]]) -> list[Output]:
+    """Bring the graph into its runtime's form, and what it says of the rows."""
+    traced = staging / files.GRAPH["onnx"]
+    if int8:
+        _quantize(traced, rows, manifest)
+    if manifest.runtime == "openvino":
+        _to_openvino(traced, staging / files.GRAPH["openvino"])
+    _write_manifest(manifest, staging, int8=int8, checked={})
+    return Runner(staging, workers=1).run(rows)
+
+
+def _write_manifest(manifest: Manifest, staging: Path, *, int8: bool, checked: dict[str, float]) -> None:
+    final = bool(checked)
+    if final and manifest.runtime == "openvino":
+        (staging / files.GRAPH["onnx"]).unlink()
+    (staging / files.MANIFEST).unlink(missing_ok=True)
+    dataclasses.replace(manifest, int8=int8, checked=checked).write(staging)
+
+
+def _manifest(model: Any, runtime: Runtime, inputs: tuple[str, ...], outputs: tuple[str, ...], limit: int) -> Manifest:
+    attachment = attachment_of(model)
+    encoder, policy, entrance = find_encoder(model), attachment.policy, attachment.engine.entrance
+    labels = getattr(encoder.config, "id2label", None) or {}
+    geometry = entrance.geometry
+    return Manifest(
+        runtime=runtime,
+        int8=False,
+        method=None if policy is None else policy.config.method,
+        inputs=inputs,
+        outputs=outputs,
+        max_length=limit,
+        geometry={
+            "layers": geometry.layers,
+            "hidden": geometry.hidden,
+            "intermediate": geometry.intermediate,
+            "gated": geometry.gated,
+            "midpoint": all(m is not None for m in entrance.midpoints),
+        },
+        overhead=tuple(_overhead(policy, layer) for layer in range(1, geometry.layers + 1)),
+        labels=tuple(str(labels[k]) for k in sorted(labels)) if "logits" in outputs else (),
+        notes=attachment.notes,
+    )
+
+
+def _overhead(policy: Any, layer: int) -> tuple[float, float, float]:
+    """The policy's own FLOPs on n tokens as c0 + c1 n + c2 n^2."""
+    if policy is None:
+        return (0.0, 0.0, 0.0)
+    at = [policy.overhead_flops(layer, n) for n in (0, 1, 2)]
+    c2 = (at[2] - 2 * at[1] + at[0]) / 2
+    c1 = at[1] - at[0] - c2
+    assert at[0] + 100 * c1 + 100 * 100 * c2 == policy.overhead_flops(layer, 100), "more than quadratic"
+    return (float(at[0]), c1, c2)
+
+
+def _limit(model: Any, tokenizer: Any, asked: int | None) -> int:
+    encoder = find_encoder(model)
+    most = encoder.config.max_position_embeddings
+    if encoder.config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        most -= encoder.config.pad_token_id + 1  # positions start after the padding's
+    if asked is not None:
+        if not 2 < asked <= most:
+            raise OptionError(f"max_length must be from 3 to the {most} tokens the model can read, not {asked}.")
+        return asked
+    own = getattr(model, "max_seq_length", None) or getattr(tokenizer, "model_max_length", None) or most
+    return int(min(most, own, DEFAULT_MAX_LENGTH))
+
+
+def _random_rows(model: Any, limit: int) -> list[dict[str, list[int]]]:
+    """Token ids of many lengths, the extremes among them; half of the rows have two segments."""
+    config = find_encoder(model).config
+    generator = np.random.default_rng(0)
+    lengths = sorted({1, 2, 3, limit, *(int(n) for n in np.geomspace(4, limit, 13))} - set(range(limit + 1, 513)))
+    # Ids near zero are padding and other marks, which position ids are counted from in some families.
+    low = min(max(int(config.pad_token_id or 0) + 1, 5), config.vocab_size - 1)
+    rows = []
+    for number, n in enumerate(lengths):
+        ids = generator.integers(low, config.vocab_size, n).tolist()
+        rows.append({"input_ids": ids, "token_type_ids": [int(number % 2 and i > n // 3) for i in range(n)]})
+    return rows
+
+
+def _write_tokenizer(tokenizer: Any, staging: Path) -> None:
+    """The whole of it for transformers, of which the runner reads tokenizer.json."""
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise OptionError("Only a fast tokenizer (with a tokenizer.json) can be exported; leave tokenizer= out.")
+    tokenizer.save_pretrained(str(staging))
+
+
+def _quantize(traced: Path, rows: list[dict[str, list[int]]], manifest: Manifest) -> None:
+    if manifest.runtime == "openvino":
+        _quantize_for_openvino(traced, rows, manifest)
+        return
+    quiet = logging.getLogger()
+    level = quiet.level
+    try:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+    except ImportError as error:
+        raise ThresherError('int8 needs the onnx package; run pip install "thresher[export]".') from error
+    try:
+        quiet.setLevel(logging.ERROR)  # it advises to preprocess, which changes nothing in these graphs
+        quantize_dynamic(
+            traced,
+            traced,
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=["MatMul"],  # the layers' own; pooler and head see one token and stay exact
+            reduce_range=not has_int8_instructions(),
+        )
+    finally:
+        quiet.setLevel(level)
+
+
+def _quantize_for_openvino(traced: Path, rows: list[dict[str, list[int]]], manifest: Manifest) -> None:
+    try:
+        import nncf
+        import onnx
+    except ImportError as error:
+        raise ThresherError('int8 for OpenVINO needs nncf; run pip install "thresher[openvino]".') from error
+    feeds = [{name: np.asarray([row[name]], dtype=np.int64) for name in manifest.inputs} for row in rows]
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    quantized = nncf.quantize(
+        onnx.load(traced), nncf.Dataset(feeds), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(feeds)
+    )
+    onnx.save(quantized, traced)
+
+
+def _to_openvino(traced: Path, path: Path) -> None:
+    openvino = require("openvino")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        openvino.save_model(openvino.convert_model(str(traced)), str(path), compress_to_fp16=False)
+
+
+def _by_torch(model: Any, row: Mapping[str, Sequence[int]]) -> Output:
+    """The same from the torch engine in float32."""
+    features = {k: torch.tensor([list(v)]) for k, v in row.items()}
+    if "token_type_ids" in features and "token_type_ids" not in input_names(model):
+        del features["token_type_ids"]
+    engine = attachment_of(model).engine
+    precision = engine.precision
+    try:
+        engine.set_precision("float32")
+        with evaluating(model), torch.inference_mode(), tracing(record=True) as traces:
+            outputs = call(model, features)
+    finally:
+        engine.set_precision(precision)
+    if "last_hidden_state" in outputs and not ({"sentence_embedding", "scores"} & set(outputs)):
+        answer = outputs["last_hidden_state"]
+    else:
+        answer = said(outputs, torch.ones_like(features["input_ids"]))
+    return Output(answer[0].float().numpy(), traces[-1].dropped_at()[0].numpy())
+
+
+def _compare(expected: list[Output], got: list[Output]) -> tuple[float, float]:
+    """The largest difference where the same tokens were dropped, and the share of the other rows. Raises ThresherError."""
+    same = [np.array_equal(a.dropped_at, b.dropped_at) for a, b in zip(expected, got, strict=True)]
+    pairs = itertools.compress(zip(expected, got, strict=True), same)
+    difference = max((float(np.abs(a.answer - b.answer).max()) for a, b in pairs), default=float("inf"))
+    ties = 1 - sum(same) / len(same)
+    if not difference <= TOLERANCE or ties > TIES:
+        raise ThresherError(
+            f"The graph does not answer as the torch engine does (difference {difference:.2g}, allowed {TOLERANCE:.2g}; other "
+            f"tokens dropped in {ties:.0%} of the rows, allowed {TIES:.0%}), so nothing was exported; please report the "
+            "model's family and your versions."
+        )
+    return difference, ties
+
+
+def _int8_cost(exact: list[Output], approximate: list[Output]) -> dict[str, float]:
+    pairs = list(zip(exact, approximate, strict=True))
+    return {
+        "int8_difference": max(float(np.abs(a.answer - b.answer).max()) for a, b in pairs),
+        "int8_agreement": float(np.mean([a.answer.argmax() == b.answer.argmax() for a, b in pairs])),
+    }
+
+
+__all__ = ["Export", "export"]

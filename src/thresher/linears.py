@@ -1,0 +1,125 @@
+"""Linear layers of a packed pass on the CPU: oneDNN with the weight laid out once, or int8.
+
+torch multiplies float32 matrices with MKL, which runs at half speed on processors that are not Intel's; oneDNN, which
+torch carries too, does not. Neither way changes a parameter: what is laid out or quantized is a second copy, made when
+it is first needed and again when the weight has changed. Gradients, other dtypes and other devices take torch's own way.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from thresher.errors import OptionError
+from thresher.packed import being_exported
+
+Precision = Literal["float32", "int8"]
+
+# Optimizer steps taken in this process: fused optimizers change parameters without raising their version.
+_steps = 0
+
+
+def _count_step(*_: object) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+# Below this many tokens a product is a stream over the weight, and laying it out gains nothing.
+FEW_TOKENS = 8
+
+
+class FastLinear:
+    """What a layer's `nn.Linear` does during a packed pass."""
+
+    def __init__(self, linear: nn.Linear, precision: Precision) -> None:
+        self.linear = linear
+        self.precision = precision
+        self._made: tuple[tuple[object, ...], Tensor | torch.ScriptObject] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [..., in] → [..., out]."""
+        linear = self.linear
+        if not self._applies(x):
+            if torch.is_grad_enabled():
+                self._made = None  # what learns is about to change, by whatever optimizer
+            return F.linear(x, linear.weight, linear.bias)
+        if self.precision == "int8":
+            return torch.ops.quantized.linear_dynamic(x, self._packed(), not has_int8_instructions())  # type: ignore[no-any-return]
+        if x.numel() < FEW_TOKENS * linear.in_features:
+            return F.linear(x, linear.weight, linear.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed(), linear.bias, "none", [], "")  # type: ignore[no-any-return]
+
+    def _applies(self, x: Tensor) -> bool:
+        weight = self.linear.weight
+        return (
+            x.dtype is torch.float32
+            and weight.dtype is torch.float32
+            and not x.is_cuda
+            and weight.device.type == "cpu"
+            and x.numel() > 0
+            and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+            and not torch.is_autocast_enabled("cpu")
+            and not being_exported()
+            and (self.precision == "int8" or bool(torch.backends.mkldnn.enabled))  # type: ignore[attr-defined]
+        )
+
+    def _packed(self) -> Tensor | torch.ScriptObject:
+        state = (_steps, *(_state(p) for p in (self.linear.weight, self.linear.bias) if p is not None))
+        if self._made is None or self._made[0] != state:
+            with torch.inference_mode():
+                make = _quantized if self.precision == "int8" else _laid_out
+                self._made = (state, make(self.linear.weight.detach(), self.linear.bias))
+        return self._made[1]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_made": None}  # made again where a copy is used
+
+
+def _state(parameter: Tensor) -> tuple[int, int]:
+    """Another one when the values were changed in place (the version) or have another storage."""
+    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
+
+
+def _laid_out(weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())  # type: ignore[no-any-return]
+
+
+def _quantized(weight: Tensor, bias: Tensor | None) -> torch.ScriptObject:
+    """Symmetric, one scale for each output channel."""
+    # A channel of zeros has no scale of its own; any does.
+    scales = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    zeros = torch.zeros(len(scales), dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces a move of its quantized tensors to another package
+        whole = torch.quantize_per_channel(weight.contiguous(), scales, zeros, 0, torch.qint8)
+    return torch.ops.quantized.linear_prepack(whole, None if bias is None else bias.detach())  # type: ignore[no-any-return]
+
+
+def has_int8_instructions() -> bool:
+    """Whether the processor multiplies int8 exactly and fast (AVX-512 VNNI). Without, one bit of range is given up."""
+    return bool(torch.cpu._is_vnni_supported())
+
+
+def has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def check_int8() -> None:
+    """Raises OptionError where torch has no int8 kernels at all; warns where the processor is not made for them."""
+    if torch.backends.quantized.engine == "none":
+        raise OptionError("This build of torch has no int8 kernels for the CPU; leave int8 out.")
+    if not has_int8_instructions():
+        warnings.warn(
+            "This processor has no int8 dot-product instructions (AVX-512 VNNI): int8 works but may not be faster.",
+            stacklevel=3,
+        )
+
+
+__all__ = ["FastLinear", "Precision", "check_int8", "has_int8_instructions", "has_onednn"]
