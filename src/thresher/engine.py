@@ -24,6 +24,7 @@ from thresher.errors import OptionError
 from thresher.linears import FastLinear, Precision, has_onednn
 from thresher.packed import PackedTokens, being_exported
 from thresher.policy import Point, Policy, Trace, new_trace
+from thresher.timing import mark
 
 INTERFACE = "thresher"
 
@@ -84,6 +85,7 @@ class Pass:
     def begin_layer(self, hidden: Tensor) -> PackedTokens:
         """hidden: [B, N, D] at the first layer, [1, T, D] later."""
         self.layer += 1
+        mark("norms" if self.tokens is not None else "embed")
         if self.tokens is None:
             tokens = PackedTokens.pack(
                 hidden,
@@ -96,6 +98,7 @@ class Pass:
             self.trace.original = tokens.layout.sizes
             if self.trace.record:
                 self.trace.mask = hidden.new_ones(hidden.shape[:2]) if self.mask is None else self.mask
+            mark("pack")
         else:
             tokens = self.tokens.with_hidden(hidden[0])
         self.tokens = tokens
@@ -108,10 +111,12 @@ class Pass:
 
     def act(self, point: Point, tokens: PackedTokens) -> PackedTokens:
         if self.policy is not None:
+            mark("norms")
             after = self.policy.act(point, self.layer, tokens, self.evidence, self.trace)
             if self.trace.record and after is not tokens:
                 self._note_dropped(tokens, after)
             tokens = after
+            mark("select")
         self.tokens = tokens
         return tokens
 
@@ -293,7 +298,9 @@ class Engine:
             now.tokens = tokens = tokens.gather()
             hidden = tokens.hidden.unsqueeze(0)
         else:
+            mark("norms")
             hidden = tokens.restore(self.entrance.fill, now.mask)
+            mark("restore")
         return hidden if rest is None else (hidden, *rest)
 
     def on_tail(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
@@ -317,7 +324,10 @@ def _linear(fast: FastLinear, x: Tensor) -> Tensor:
     """A linear layer's forward: fast inside a pass, torch's own outside."""
     if _current.get() is None:
         return nn.functional.linear(x, fast.linear.weight, fast.linear.bias)
-    return fast(x)
+    mark("norms")
+    out = fast(x)
+    mark("linear")
+    return out
 
 
 def _any_of(values: Tensor, wanted: tuple[int, ...]) -> Tensor:
@@ -351,6 +361,7 @@ def _attention(
         )
     # transformers counts the window exclusively (its own value + 1).
     window = None if sliding_window is None else sliding_window - 1
+    mark("norms")
     context, now.evidence = attend(
         query[0],
         key[0],
@@ -361,6 +372,7 @@ def _attention(
         window=window,
         wanted=now.wanted,
     )
+    mark("attention")
     return context.unsqueeze(0), None
 
 

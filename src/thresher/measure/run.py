@@ -18,6 +18,7 @@ from thresher.policy import Trace, tracing
 if TYPE_CHECKING:
     import datasets
 
+TOKENS = 4096  # enough to keep every core busy, few enough for the caches and for memory
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -31,11 +32,24 @@ class Run:
     speedup: float
 
 
-def batches(rows: datasets.Dataset, size: int) -> list[list[int]]:
-    """Row numbers in batches of similar length, longest first (embeddings and heads still see padding)."""
+def batches(rows: datasets.Dataset, size: int | None = None, tokens: int = TOKENS) -> list[list[int]]:
+    """Row numbers in batches of similar length, longest first (embeddings and heads still see padding).
+
+    size: rows of a batch; None: as many as have `tokens` tokens together, so that every batch is about the same work.
+    """
     lengths = [len(ids) for ids in rows["input_ids"]]
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return [order[i : i + size] for i in range(0, len(order), size)]
+    if size is not None:
+        return [order[i : i + size] for i in range(0, len(order), size)]
+    made: list[list[int]] = []
+    room = 0
+    for row in order:
+        if lengths[row] > room:
+            made.append([])
+            room = tokens
+        made[-1].append(row)
+        room -= lengths[row]
+    return made
 
 
 def collate(
@@ -56,13 +70,13 @@ def run(
     model: Any,
     rows: datasets.Dataset,
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     predict: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor] | None = None,
     on_batch: Callable[[int], object] | None = None,
 ) -> Run:
     """Predictions of `model` for every row, in eval mode.
 
-    rows: encoded rows with input_ids and attention_mask. predict: from (model, batch) to [B, ...]; the logits by
+    rows: encoded rows with input_ids and attention_mask. batch_size: see `batches`. predict: from (model, batch) to [B, ...]; the logits by
     default.
     on_batch: called with the number of rows just done (progress bars).
     """

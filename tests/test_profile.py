@@ -1,0 +1,84 @@
+"""Stages of a pass on one timeline, and batches by tokens."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import datasets
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import thresher
+from helpers import batch, dataset, make, outputs_of, settings
+from thresher.errors import OptionError
+from thresher.measure.profile import profile
+from thresher.measure.run import batches, run
+from thresher.methods import CONFIGS
+from thresher.timing import STAGES, mark, timeline
+
+
+def test_marks_add_up_to_the_time_that_passed() -> None:
+    began = time.perf_counter()
+    with timeline() as times:
+        times.skip()
+        time.sleep(0.01)
+        mark("embed")
+        time.sleep(0.02)
+        mark("linear")
+        time.sleep(0.005)
+        times.skip()
+        mark("head")
+    passed = time.perf_counter() - began
+    assert times.seconds["linear"] > times.seconds["embed"] >= 0.01
+    assert times.seconds["head"] < 0.004
+    assert sum(times.seconds.values()) <= passed
+    mark("embed")  # nobody looks
+    assert sum(times.seconds.values()) <= passed
+
+
+def test_a_profile_names_every_stage_that_a_dropping_model_has() -> None:
+    model = thresher.attach(make("bert"), settings(CONFIGS["ltp"]))
+    found = profile(model, dataset(12), rounds=2)
+    for times in (found.packed, found.thresher):
+        assert tuple(times) == STAGES
+        for stage in ("embed", "pack", "linear", "attention", "norms", "restore", "head"):
+            assert times[stage] > 0, stage
+    assert found.packed["select"] == 0
+    assert found.thresher["select"] > 0
+    with pytest.raises(OptionError, match="at least 1 row and 1 round"):
+        profile(model, dataset(12), rounds=0)
+    with pytest.raises(OptionError, match="nothing attached"):
+        profile(make("bert"), dataset(12))
+
+
+def test_a_timeline_changes_no_answer() -> None:
+    model = thresher.attach(make("bert"), settings(CONFIGS["ltp"]))
+    plain = outputs_of(model, batch("bert"))
+    with timeline():
+        watched = outputs_of(model, batch("bert"))
+    assert (plain["logits"] == watched["logits"]).all()
+
+
+def rows_of(lengths: list[int]) -> Any:
+    return datasets.Dataset.from_dict({"input_ids": [[1] * n for n in lengths]})
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 200))
+def test_batches_by_tokens(lengths: list[int], tokens: int) -> None:
+    made = batches(rows_of(lengths), tokens=tokens)
+    assert sorted(i for index in made for i in index) == list(range(len(lengths)))
+    sizes = [[lengths[i] for i in index] for index in made]
+    flat = [n for size in sizes for n in size]
+    assert flat == sorted(flat, reverse=True)
+    for size, following in zip(sizes, [*sizes[1:], None], strict=True):
+        assert sum(size) <= tokens or len(size) == 1
+        assert following is None or sum(size) + following[0] > tokens  # none could have been fuller
+
+
+def test_answers_come_back_in_the_callers_order_however_rows_are_batched() -> None:
+    model = thresher.attach(make("bert"), settings(CONFIGS["ltp"]))
+    rows = dataset(30)
+    by_tokens, by_rows = run(model, rows).predictions, run(model, rows, batch_size=4).predictions
+    assert by_tokens == pytest.approx(by_rows, abs=1e-5)
