@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thresher.packed import Layout, PackedTokens
+from thresher import cuda
+from thresher.cpu import attend_by_head, heads_apart
+from thresher.packed import Layout, PackedTokens, being_exported, on_cuda
+from thresher.timing import mark
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class Wanted:
 
     mass: attention each token receives. diagonal: what it gives itself. by_segment: mass split by the querying segment.
     block: size b of the diagonal blocks, 0 for none. full: the whole map.
+    detached: the evidence only selects and no gradient is asked of it, so that a kernel without a backward may make it.
     """
 
     mass: bool = False
@@ -26,6 +30,7 @@ class Wanted:
     by_segment: bool = False
     block: int = 0
     full: bool = False
+    detached: bool = False
 
     @property
     def probabilities(self) -> bool:
@@ -88,24 +93,51 @@ def attend(
     """
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     layout = tokens.layout
+    if on_cuda(query) and not (wanted.block or wanted.full):
+        return _on_cuda(query, key, value, tokens, scale, dropout, window, wanted)
     plain = tokens.log_weight is None and window is None
-    if plain and not wanted:
-        if query.is_cuda and dropout == 0.0 and query.dtype in (torch.float16, torch.bfloat16):
-            return _varlen(query, key, value, layout, scale), NO_EVIDENCE
-        if len(set(layout.sizes)) == 1:
-            return _equal_lengths(query, key, value, layout, scale, dropout), NO_EVIDENCE
-    if plain and wanted.block and not wanted.probabilities and _has_flash_lse(query, dropout):
-        return _with_blocks(query, key, value, layout, scale, wanted.block)
+    alike = len(set(layout.sizes)) == 1
+    if plain and not wanted and alike and not heads_apart(query, layout.sizes[0], probabilities=False):
+        return _equal_lengths(query, key, value, layout, scale, dropout), NO_EVIDENCE
     return _row_by_row(query, key, value, tokens, scale, dropout, window, wanted)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+def _on_cuda(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tokens: PackedTokens,
+    scale: float,
+    dropout: float,
+    window: int | None,
+    wanted: Wanted,
+) -> tuple[Tensor, Evidence]:
+    """Flash attention, and evidence from its log-sum-exp, wherever both are exact; else padded, in a few large operations."""
+    layout = tokens.layout
+    if window is not None and layout.width - 1 <= window:
+        window = None  # it reaches every token of the widest row
+    plain = tokens.log_weight is None and dropout == 0.0
+    teaches = not wanted.detached and torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    flash = plain and not (wanted and teaches) and cuda.fits(query, scale, window)
+    if flash and (window is None or layout.unbroken):  # the kernel counts a window in places of the batch
+        context, lse = cuda.flash(query, key, value, layout, scale, window)
+        if not wanted:
+            return context, NO_EVIDENCE
+        found = cuda.received(
+            query, key, lse, tokens, scale, window=window, diagonal=wanted.diagonal, by_segment=wanted.by_segment
+        )
+        return context, _only(wanted, found)
+    if not wanted and window is None and tokens.log_weight is None and len(set(layout.sizes)) == 1:
+        return _equal_lengths(query, key, value, layout, scale, dropout), NO_EVIDENCE
+    weights = cuda.query_weights(tokens, wanted.by_segment) if wanted else None
+    context, sums, own = cuda.attend_padded(query, key, value, tokens, scale, dropout, window, weights, wanted.diagonal)
+    if weights is None or sums is None:
+        return context, NO_EVIDENCE
+    return context, _only(wanted, cuda.means(sums, own, weights, layout, len(query)))
 
-    longest = max(layout.sizes)
-    cu = layout.cu_seqlens
-    q, k, v = (x.transpose(0, 1).contiguous() for x in (query, key, value))
-    return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale)  # type: ignore[return-value]
+
+def _only(wanted: Wanted, found: cuda.Received) -> Evidence:
+    return Evidence(mass=found.mass if wanted.mass else None, diagonal=found.diagonal, by_segment=found.by_segment)
 
 
 def _equal_lengths(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, dropout: float) -> Tensor:
@@ -133,11 +165,15 @@ def _row_by_row(
 ) -> tuple[Tensor, Evidence]:
     gathered = _Gathered(wanted)
     outputs = []
+    constant = dropout == 0.0 and not (torch.is_grad_enabled() and query.requires_grad) and not being_exported()
     for q, k, v, row in _rows(query, key, value, tokens):
         bias = _bias(row, window, q.dtype)
-        if wanted:
+        read = gathered.row(row) if wanted else None
+        if constant and not wanted.full and heads_apart(q, q.shape[1], probabilities=bool(wanted)):
+            out = attend_by_head(q, k, v, scale, bias, None if read is None else read.head)
+        elif read is not None:
             out, probabilities = _materialised(q, k, v, bias, scale, dropout)
-            gathered.add(probabilities, row)
+            read.heads(probabilities)
         else:
             mask = None if bias is None else bias.expand(1, 1, q.shape[1], q.shape[1])
             out = F.scaled_dot_product_attention(
@@ -215,84 +251,98 @@ class _Gathered:
 
     def __init__(self, wanted: Wanted) -> None:
         self.wanted = wanted
-        self.mass: list[Tensor] = []
-        self.diagonal: list[Tensor] = []
-        self.by_segment: list[Tensor] = []
-        self.blocks: list[Tensor] = []
-        self.full: list[Tensor] = []
+        self.rows: list[_RowEvidence] = []
 
-    def add(self, probabilities: Tensor, row: _Row) -> None:
-        """probabilities: [H, n, n] of one row."""
-        wanted = self.wanted
-        alive = None if row.alive is None else row.alive.to(probabilities.dtype)
-        if wanted.mass:
-            self.mass.append(_column_mean(probabilities, alive))
-        if wanted.diagonal:
-            self.diagonal.append(probabilities.diagonal(dim1=1, dim2=2).mean(0))
-        if wanted.by_segment:
-            in_second = row.segments.to(probabilities.dtype)
-            queries = torch.stack([1 - in_second, in_second])
-            queries = queries if alive is None else queries * alive
-            counts = queries.sum(1, keepdim=True).clamp(min=1)
-            self.by_segment.append(((queries / counts) @ probabilities.mean(0)).T)
-        if wanted.block:
-            self.blocks.append(_diagonal_blocks(probabilities, wanted.block))
-        if wanted.full:
-            self.full.append(probabilities)
+    def row(self, row: _Row) -> _RowEvidence:
+        self.rows.append(_RowEvidence(self.wanted, row))
+        return self.rows[-1]
 
     def evidence(self) -> Evidence:
-        join = lambda parts: _join(parts) if parts else None  # noqa: E731
-        return Evidence(
-            mass=join(self.mass),
-            diagonal=join(self.diagonal),
-            by_segment=join(self.by_segment),
-            blocks=join(self.blocks),
-            full=tuple(self.full) if self.wanted.full else None,
+        mark("attention")
+        wanted, rows = self.wanted, self.rows
+        join = lambda wanted, one: _join([one(row) for row in rows]) if wanted else None  # noqa: E731
+        found = Evidence(
+            mass=join(wanted.mass, _RowEvidence.mass),
+            diagonal=join(wanted.diagonal, _RowEvidence.diagonal),
+            by_segment=join(wanted.by_segment, _RowEvidence.by_segment),
+            blocks=join(wanted.block, _RowEvidence.blocks),
+            full=tuple(_join(row.maps) for row in rows) if wanted.full else None,
         )
+        mark("evidence")
+        return found
 
 
-def _column_mean(probabilities: Tensor, alive: Tensor | None) -> Tensor:
-    """[n], the mean over heads and living queries of [H, n, n]."""
-    heads, n = probabilities.shape[0], probabilities.shape[-1]
-    # One matrix-vector product over the [H * n, n] view: the cheapest column sum on every device.
-    if alive is None:
-        weights, total = torch.ones_like(probabilities[:, :, 0]).reshape(-1), heads * n
-        return weights @ probabilities.reshape(-1, n) / total
-    return (alive / (alive.sum() * heads)).repeat(heads) @ probabilities.reshape(-1, n)
+class _RowEvidence:
+    """Evidence of one row, from its probabilities as they come: all heads at once or head by head."""
+
+    def __init__(self, wanted: Wanted, row: _Row) -> None:
+        self.wanted = wanted
+        self.alive = row.alive
+        self.count = 0
+        self.sums: list[Tensor] = []
+        self.diagonals: list[Tensor] = []
+        self.queried: list[Tensor] = []
+        self.tiles: list[Tensor] = []
+        self.maps: list[Tensor] = []
+        self.segments = row.segments
+
+    def head(self, probabilities: Tensor) -> None:
+        """[n, n]"""
+        self.heads(probabilities.unsqueeze(0))
+
+    def heads(self, probabilities: Tensor) -> None:
+        """[h, n, n]"""
+        mark("attention")
+        wanted, n = self.wanted, probabilities.shape[-1]
+        self.count += probabilities.shape[0]
+        if wanted.mass:
+            # One matrix-vector product over the [h * n, n] view: the cheapest column sum on every device.
+            weights = torch.ones_like(probabilities[:, :, 0])
+            if self.alive is not None:
+                weights = weights * self.alive.to(weights.dtype)
+            self._add(self.sums, weights.reshape(-1) @ probabilities.reshape(-1, n))
+        if wanted.diagonal:
+            self._add(self.diagonals, probabilities.diagonal(dim1=1, dim2=2).sum(0))
+        if wanted.by_segment:
+            self._add(self.queried, self._queries(probabilities.dtype) @ probabilities.sum(0))
+        if wanted.block:
+            self.tiles.append(_diagonal_blocks(probabilities, wanted.block))
+        if wanted.full:
+            self.maps.append(probabilities)
+        mark("evidence")
+
+    @staticmethod
+    def _add(sums: list[Tensor], value: Tensor) -> None:
+        sums[:] = [sums[0] + value] if sums else [value]
+
+    def _queries(self, dtype: torch.dtype) -> Tensor:
+        """[2, n], the real queries of each segment."""
+        in_second = self.segments.to(dtype)
+        queries = torch.stack([1 - in_second, in_second])
+        return queries if self.alive is None else queries * self.alive.to(dtype)
+
+    def mass(self) -> Tensor:
+        (total,) = self.sums
+        return total / ((total.shape[0] if self.alive is None else self.alive.sum()) * self.count)
+
+    def diagonal(self) -> Tensor:
+        return self.diagonals[0] / self.count
+
+    def by_segment(self) -> Tensor:
+        (total,) = self.queried
+        counts = self._queries(total.dtype).sum(1, keepdim=True).clamp(min=1)
+        return (total / (counts * self.count)).T
+
+    def blocks(self) -> Tensor:
+        return self.tiles[0] if len(self.tiles) == 1 else torch.cat(self.tiles, 1)
 
 
 def _diagonal_blocks(probabilities: Tensor, size: int) -> Tensor:
-    """[ceil(n / b), H, b, b] from [H, n, n]; zero beyond n."""
+    """[ceil(n / b), h, b, b] from [h, n, n]; zero beyond n."""
     n = probabilities.shape[-1]
     count = -(-n // size)
-    padded = F.pad(probabilities, (0, count * size - n, 0, count * size - n))
-    tiles = padded.view(-1, count, size, count, size)
-    return tiles.diagonal(dim1=1, dim2=3).permute(3, 0, 1, 2)
-
-
-def _has_flash_lse(query: Tensor, dropout: float) -> bool:
-    return query.device.type == "cpu" and dropout == 0.0 and not (torch.is_grad_enabled() and query.requires_grad)
-
-
-def _with_blocks(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, size: int
-) -> tuple[Tensor, Evidence]:
-    """Diagonal blocks without any n x n: exp(q_blk k_blk^T * scale - lse), with the row's log-sum-exp from the flash kernel."""
-    sizes = layout.sizes
-    outputs, blocks = [], []
-    for q, k, v in zip(query.split(sizes, 1), key.split(sizes, 1), value.split(sizes, 1), strict=True):
-        n = q.shape[1]
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), 0.0, False, scale=scale
-        )
-        outputs.append(out.squeeze(0).transpose(0, 1))
-        count = -(-n // size)
+    if count * size != n:
         pad = count * size - n
-        tile = lambda x: F.pad(x, (0, 0, 0, pad)).view(x.shape[0], count, size, -1).float()  # noqa: E731, B023
-        q_blocks, k_blocks = tile(q), tile(k)
-        lse_blocks = F.pad(lse.reshape(q.shape[0], n), (0, pad), value=float("inf")).view(-1, count, size, 1)
-        probabilities = torch.exp(q_blocks @ k_blocks.transpose(-1, -2) * scale - lse_blocks)
-        if pad:
-            probabilities[:, -1, :, size - pad :] = 0.0
-        blocks.append(probabilities.transpose(0, 1))
-    return torch.cat(outputs), Evidence(blocks=torch.cat(blocks))
+        probabilities = F.pad(probabilities, (0, pad, 0, pad))
+    tiles = probabilities.view(-1, count, size, count, size)
+    return tiles.diagonal(dim1=1, dim2=3).permute(3, 0, 1, 2).contiguous()

@@ -75,6 +75,7 @@ def export(
     check_exportable(model)
     require("onnx")
     require(runtime)
+    _require_onnx()
     int8 = attachment_of(model).engine.precision == "int8" if int8 is None else int8
     tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
     limit = _limit(model, tokenizer, max_length)
@@ -96,6 +97,13 @@ def export(
             found |= _int8_cost(exact, approximate)
         _write_manifest(manifest, staging, int8=int8, checked=found)
     return Export(Path(directory), runtime, **found)
+
+
+def _require_onnx() -> None:
+    try:
+        import onnx  # noqa: F401
+    except ImportError as error:
+        raise ThresherError('Writing a graph needs the onnx package; run pip install "thresher[export]".') from error
 
 
 def _finish(manifest: Manifest, staging: Path, *, int8: bool, rows: list[dict[str, list[int]]]) -> list[Output]:
@@ -180,6 +188,11 @@ def _random_rows(model: Any, limit: int) -> list[dict[str, list[int]]]:
     return rows
 
 
+def _feed(row: Mapping[str, Sequence[int]], inputs: tuple[str, ...]) -> dict[str, Any]:
+    zeros = [0] * len(row["input_ids"])
+    return {name: np.asarray([row.get(name, zeros)], dtype=np.int64) for name in inputs}
+
+
 def _write_tokenizer(tokenizer: Any, staging: Path) -> None:
     """The whole of it for transformers, of which the runner reads tokenizer.json."""
     if getattr(tokenizer, "backend_tokenizer", None) is None:
@@ -193,10 +206,8 @@ def _quantize(traced: Path, rows: list[dict[str, list[int]]], manifest: Manifest
         return
     quiet = logging.getLogger()
     level = quiet.level
-    try:
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-    except ImportError as error:
-        raise ThresherError('int8 needs the onnx package; run pip install "thresher[export]".') from error
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
     try:
         quiet.setLevel(logging.ERROR)  # it advises to preprocess, which changes nothing in these graphs
         quantize_dynamic(
@@ -217,7 +228,7 @@ def _quantize_for_openvino(traced: Path, rows: list[dict[str, list[int]]], manif
         import onnx
     except ImportError as error:
         raise ThresherError('int8 for OpenVINO needs nncf; run pip install "thresher[openvino]".') from error
-    feeds = [{name: np.asarray([row[name]], dtype=np.int64) for name in manifest.inputs} for row in rows]
+    feeds = [_feed(row, manifest.inputs) for row in rows]
     logging.getLogger("nncf").setLevel(logging.ERROR)
     quantized = nncf.quantize(
         onnx.load(traced), nncf.Dataset(feeds), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(feeds)
