@@ -56,7 +56,7 @@ def evidence(rounds: int, write) -> None:
             cost = ratio(timings[name], timings["nothing"])
             write(f"evidence-{name}-{rows}x{tokens}", f"share of the encoder's time that {name} as evidence adds",
                   cost.median - 1, "share", TARGETS.get((name, tokens)), "packed, no evidence",
-                  [round(cost.low - 1, 4), round(cost.high - 1, 4)], f"evidence from all six layers; {rounds} rounds")  # fmt: skip
+                  [round(cost.low - 1, 4), round(cost.high - 1, 4)], f"from all six layers; {rounds} rounds")  # fmt: skip
 
 
 PEAK = """

@@ -109,9 +109,9 @@ def test_context_is_dense_attention_row_by_row(
 
 
 def test_every_branch_of_the_kernel_choice_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the parametrisation above: it covers the equal-length, the row-by-row and the flash path."""
+    """Guards the parametrisation above: it covers the equal-length and the row-by-row path."""
     seen = []
-    for name in ("_equal_lengths", "_row_by_row", "_with_blocks"):
+    for name in ("_equal_lengths", "_row_by_row"):
         original = getattr(attention, name)
 
         def spy(*args: Any, original: Any = original, name: str = name) -> Any:
@@ -122,7 +122,33 @@ def test_every_branch_of_the_kernel_choice_is_reached(monkeypatch: pytest.Monkey
     for lengths, wanted in ((EQUAL, Wanted()), (RAGGED, Wanted()), (RAGGED, Wanted(block=4))):
         tokens = packed(lengths)
         attend(*qkv(tokens), tokens, wanted=wanted)
-    assert seen == ["_equal_lengths", "_row_by_row", "_with_blocks"]
+    assert seen == ["_equal_lengths", "_row_by_row", "_row_by_row"]
+
+
+@pytest.mark.parametrize("weights", [False, True], ids=["plain", "log_weight"])
+@pytest.mark.parametrize("window", [None, 20], ids=["global", "window"])
+def test_one_head_at_a_time_is_the_same(window: int | None, weights: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long rows on the CPU take a way of their own, with and without evidence, with gaps, weights and dead tokens."""
+    from thresher import cpu
+
+    tokens = packed((230, 7, 460), gaps=2)
+    tokens = weighted(tokens) if weights else tokens
+    q, k, v = qkv(tokens)
+    everything = Wanted(mass=True, diagonal=True, by_segment=True, block=32)
+    heads: list[int] = []
+    original = cpu.attend_by_head
+    monkeypatch.setattr(attention, "attend_by_head", lambda q, *rest: [heads.append(q.shape[1]), original(q, *rest)][1])
+    context, evidence = attend(q, k, v, tokens, window=window, wanted=everything)
+    assert heads == [230, 460]
+    bare, _ = attend(q, k, v, tokens, window=window)
+    assert heads == [230, 460, 460]
+    monkeypatch.setattr(attention, "heads_apart", lambda *_, **__: False)
+    slow, expected = attend(q, k, v, tokens, window=window, wanted=everything)
+    assert heads == [230, 460, 460]
+    close(context, slow)
+    close(bare, slow)
+    for name in ("mass", "diagonal", "by_segment", "blocks"):
+        close(getattr(evidence, name), getattr(expected, name))
 
 
 def test_the_window_counts_original_positions() -> None:

@@ -53,6 +53,21 @@ def test_a_profile_names_every_stage_that_a_dropping_model_has() -> None:
         profile(make("bert"), dataset(12))
 
 
+def test_tokenising_is_timed_once_a_round_and_common_to_both_ways() -> None:
+    model = thresher.attach(make("bert"), settings(CONFIGS["ltp"]))
+    made: list[None] = []
+    rounds: list[int] = []
+
+    def tokenise() -> None:
+        made.append(None)
+        time.sleep(0.002)
+
+    found = profile(model, dataset(6), rounds=2, batch_size=3, tokenise=tokenise, on_round=rounds.append)
+    assert found.packed["tokenise"] == found.thresher["tokenise"] >= 0.002
+    assert len(made) == 3  # with the warm-up
+    assert rounds == [1, 2, 3]
+
+
 def test_a_timeline_changes_no_answer() -> None:
     model = thresher.attach(make("bert"), settings(CONFIGS["ltp"]))
     plain = outputs_of(model, batch("bert"))

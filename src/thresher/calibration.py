@@ -39,7 +39,7 @@ def calibrate(
     max_loss: float | None = None,
     quality: Quality | None = None,
     reference: np.ndarray | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     tolerance: float = 0.01,
     predict: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor] | None = None,
 ) -> Calibration:
@@ -51,6 +51,7 @@ def calibrate(
         model: the share of equal classes, tags or span ends; for values and embeddings 1 - normalised squared difference.
     reference: predictions on `rows` that a loss is counted from; by default those of this model with nothing dropped. After
         training give those of the model before it, or a loss that training itself brought goes unseen.
+    batch_size: rows run at a time; None: as many as have 4,096 tokens together (`measure.run.batches`).
     Raises TargetError, naming the nearest that can be had, when the target cannot be met; the model is then unchanged.
     """
     if (speedup is None) == (max_loss is None):

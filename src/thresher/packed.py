@@ -19,6 +19,11 @@ def being_exported() -> bool:
     return torch._C._get_tracing_state() is not None
 
 
+def on_cuda(tensor: Tensor) -> bool:
+    """Whether the host runs ahead of this tensor's device, so that reading a value back makes it wait."""
+    return tensor.is_cuda
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the tokens of a ragged batch lie. Shared by every tensor of one length; replaced only when tokens drop.
@@ -72,6 +77,27 @@ class Layout:
         zero = self.lengths.new_zeros(1)
         return torch.cat([zero, self.lengths.cumsum(0)]).to(torch.int32)
 
+    @cached_property
+    def unbroken(self) -> bool:
+        """Whether nothing was dropped and no row has a gap: then tokens lie as far apart here as in the input."""
+        if self.lengths is not self.original:
+            return False  # without asking the device
+        ends = self.cu_seqlens.to(torch.int64)
+        span = self.positions[ends[1:] - 1] - self.positions[ends[:-1]] + 1
+        return bool((span == self.lengths).all())
+
+    def knowing(self, sizes: list[int]) -> Layout:
+        """This layout, told what `sizes` would have to fetch."""
+        self.__dict__["sizes"] = sizes
+        return self
+
+    def count(self, mask: Tensor) -> Tensor:
+        """[B] int64, the tokens of each row where `mask` ([T] bool) is True, counted where the tokens are."""
+        ones = mask.to(torch.int64)
+        if self.single:
+            return ones.sum(0, keepdim=True)
+        return ones.new_zeros(len(self.lengths)).index_add(0, self.rows, ones)
+
     def spread(self, values: Tensor) -> Tensor:
         """[B] values of rows for every token: [T], or what broadcasts to it."""
         return values if self.single else values[self.rows]
@@ -82,9 +108,10 @@ class Layout:
             return values.amax(0, keepdim=True)
         return values.new_zeros(len(self.lengths)).scatter_reduce(0, self.rows, values, "amax", include_self=False)
 
-    def select(self, index: Tensor) -> Layout:
-        """The layout of the tokens at `index` ([K] int64, rising)."""
-        lengths = _count(index) if self.single else torch.bincount(self.rows[index], minlength=len(self.lengths))
+    def select(self, index: Tensor, lengths: Tensor | None = None) -> Layout:
+        """The layout of the tokens at `index` ([K] int64, rising). lengths: [B], how many they are, if that is known."""
+        if lengths is None:
+            lengths = _count(index) if self.single else torch.bincount(self.rows[index], minlength=len(self.lengths))
         return replace(
             self,
             lengths=lengths,
@@ -96,7 +123,15 @@ class Layout:
 
 def _count(tokens: Tensor) -> Tensor:
     """[1] int64, how many there are: a tensor also while a graph is traced, where len() would be a constant."""
+    if on_cuda(tokens):
+        return torch.full((1,), len(tokens), device=tokens.device)  # copying a number there would wait
     return torch._shape_as_tensor(tokens)[:1].to(tokens.device)
+
+
+def _places(mask: Tensor, count: int | None) -> Tensor:
+    """[count] int64, where `mask` is True, rising. count: how often; None where counting costs no wait."""
+    found = mask.nonzero() if count is None else torch.nonzero_static(mask, size=count)
+    return found.squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -136,16 +171,22 @@ class PackedTokens:
         Raises DataError when a row has no real token.
         """
         batch, width, size = hidden.shape
+        sizes: list[int] | None = None
         if mask is None:
             index = torch.arange(batch * width, device=hidden.device)
-            lengths = torch._shape_as_tensor(hidden)[1:2].to(hidden.device).expand(batch)
+            if on_cuda(hidden):
+                lengths, sizes = index.new_full((batch,), width), [width] * batch
+            else:
+                lengths = torch._shape_as_tensor(hidden)[1:2].to(hidden.device).expand(batch)
         else:
             mask = mask.to(torch.bool)
             lengths = mask.sum(1)
-            if batch and not bool(lengths.all()):
+            if on_cuda(mask):
+                sizes = lengths.tolist()  # the one time that packing makes the host wait
+            if batch and not (bool(lengths.all()) if sizes is None else all(sizes)):
                 row = int((lengths == 0).nonzero()[0, 0])
                 raise DataError(f"Row {row} of the batch is all padding (no attention-mask entry is 1); leave it out.")
-            index = mask.reshape(-1).nonzero().squeeze(1)
+            index = _places(mask.reshape(-1), None if sizes is None else sum(sizes))
         if batch == 1:
             first = index == index[0]
         else:
@@ -161,6 +202,7 @@ class PackedTokens:
             original=lengths,
             width=width,
         )
+        layout = layout if sizes is None else layout.knowing(sizes)
         packed = hidden.reshape(-1, size) if every else hidden.reshape(-1, size)[index]
         alive = torch.ones_like(first) if simulated else None
         return cls(packed, layout, alive=alive, carry=carry)
@@ -189,17 +231,23 @@ class PackedTokens:
         mask = mask | self.layout.protected
         if self.alive is not None:
             return self._silence(mask)
-        index = mask.nonzero().squeeze(1)
+        counts, sizes = None, None
+        if on_cuda(mask):
+            counts = self.layout.count(mask)
+            sizes = counts.tolist()  # the one time that a drop makes the host wait
+        index = _places(mask, None if sizes is None else sum(sizes))
         if len(index) == len(mask) and not being_exported():
             return self
+        layout = self.layout.select(index, counts)
+        layout = layout if sizes is None else layout.knowing(sizes)
         departed = self.departed
         if self.carry:
-            gone = (~mask).nonzero().squeeze(1)
+            gone = _places(~mask, None if sizes is None else len(mask) - len(index))
             departed = (*departed, (self.hidden[gone], self.layout.flat[gone]))
         return replace(
             self,
             hidden=self.hidden[index],
-            layout=self.layout.select(index),
+            layout=layout,
             log_weight=None if self.log_weight is None else self.log_weight[index],
             departed=departed,
         )
@@ -226,11 +274,17 @@ class PackedTokens:
             order = flat.argsort()
             hidden, flat = hidden[order], flat[order]
         single = self.layout.single
+        if single:
+            lengths = _count(flat)
+        elif self.departed:
+            lengths = self.layout.original  # whoever carries carries every dropped token
+        elif self.alive is None:
+            lengths = self.layout.lengths
+        else:
+            lengths = torch.bincount(flat // self.layout.width, minlength=len(self.layout.lengths))
         layout = replace(
             self.layout,
-            lengths=_count(flat)
-            if single
-            else torch.bincount(flat // self.layout.width, minlength=len(self.layout.lengths)),
+            lengths=lengths,
             positions=flat if single else flat % self.layout.width,
             segments=torch.zeros_like(flat),
             protected=torch.ones_like(flat, dtype=torch.bool),
@@ -250,7 +304,7 @@ class PackedTokens:
         tracing = being_exported()  # a graph has one path: the longest
         if len(layout.positions) == batch * layout.width and not tracing:
             return tokens.hidden.view(batch, layout.width, size)
-        if fill == "mean" and (tracing or not torch.equal(layout.lengths, layout.original)):
+        if fill == "mean" and (tracing or _shorter(layout)):
             out = _row_means(tokens).unsqueeze(1).expand(batch, layout.width, size)
             if mask is not None:
                 out = out * mask.unsqueeze(2).to(out.dtype)
@@ -259,6 +313,13 @@ class PackedTokens:
             out = tokens.hidden.new_zeros(batch * layout.width, size)
         out = out.index_copy(0, layout.flat, tokens.hidden)
         return out.view(batch, layout.width, size)
+
+
+def _shorter(layout: Layout) -> bool:
+    """Whether a row has fewer tokens than it was packed with; True also where telling would make the host wait for nothing."""
+    if layout.lengths is layout.original:
+        return False
+    return on_cuda(layout.lengths) or not torch.equal(layout.lengths, layout.original)
 
 
 def _row_means(tokens: PackedTokens) -> Tensor:

@@ -183,6 +183,17 @@ def test_openvino_says_the_same(method: str, tmp_path: Path) -> None:
     assert not (tmp_path / "model.onnx").exists()
 
 
+def test_a_second_export_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    model = thresher.attach(make("bert"), settings(CONFIGS["ltp"]))
+    thresher.export(model, tmp_path)
+    thresher.export(model, tmp_path, runtime="openvino")
+    assert not (tmp_path / "model.onnx").exists()
+    thresher.export(model, tmp_path)
+    assert not (tmp_path / "model.xml").exists()
+    agrees(model, "bert", tmp_path)
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("exported") / "model"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from thresher.report import count, points, ratio, seconds, table
-from thresher.report.console import numeric_columns
+from thresher.report.console import numeric_columns, percent, size
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,19 @@ def test_points(value: float, text: str) -> None:
 )
 def test_seconds(value: float, text: str) -> None:
     assert seconds(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(812, "812 B"), (999.6, "1.00 kB"), (141_234, "141 kB"), (90_900_000, "90.9 MB"), (1.2e9, "1.20 GB")],
+)
+def test_size(value: float, text: str) -> None:
+    assert size(value) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.984, "98.4%"), (0, "0.0%"), (1, "100.0%"), (math.nan, "—")])
+def test_percent(value: float, text: str) -> None:
+    assert percent(value) == text
 
 
 @pytest.mark.parametrize(("value", "text"), [(12345, "12,345"), (0, "0"), (-1200, "-1,200"), (999.6, "1,000")])

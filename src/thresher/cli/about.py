@@ -28,6 +28,7 @@ def methods(as_json: Json = False) -> Result:
             one["name"],
             one["what"],
             "yes: " + ", ".join(one["stages"]) if one["needs_training"] else "no",
+            "yes" if one["exports"] else "no",
             " ".join(f"{name}={_value(value)}" for name, value in one["settings"].items()),
         )
         for one in found
@@ -38,9 +39,10 @@ def methods(as_json: Json = False) -> Result:
         [
             table(
                 "Methods",
-                ("name", "what it does", "needs training", "settings (--set)"),
+                ("name", "what it does", "needs training", "exports", "settings (--set)"),
                 rows,
-                f"Every method also takes {shared}; one that needs no training gets better with it.",
+                f"Every method also takes {shared}; one that needs no training gets better with it. Those that export can be "
+                "written as a graph with thresher export.",
             )
         ],
     )
@@ -109,6 +111,7 @@ def _described(config: Any) -> dict[str, Any]:
         "what": _first_sentence(config.__doc__ or ""),
         "needs_training": any(True for _ in policy.parameters()),
         "stages": [stage.name for stage in policy.stages()],
+        "exports": config.exports,
         "settings": {f.name: f.default for f in dataclasses.fields(config) if f.name not in shared},
     }
 

@@ -55,7 +55,7 @@ def calibrate(
     out: Annotated[
         Path | None, typer.Option(help="Default: DIR itself.", metavar="DIR", rich_help_panel=OUTPUT)
     ] = None,
-    batch_size: BatchSize = 32,
+    batch_size: BatchSize = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> Result:
@@ -99,9 +99,7 @@ def calibrate(
     quality = work.quality(truth, stock)
     search(opened.model, encoded.rows, speedup=speedup, max_loss=max_loss, quality=quality, batch_size=batch_size)
     after = run(opened.model, encoded.rows, batch_size=batch_size)
-    thresher.save(opened.model, target)
-    if not hasattr(opened.model, "tokenizer"):
-        opened.tokenizer.save_pretrained(str(target))
+    opened.save(target)
     strength = thresher.policy_of(opened.model).config.strength
     result = gains(work, truth, stock, after.predictions)
     return Result(

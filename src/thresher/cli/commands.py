@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from thresher.cli import about, calibrating, fitting, measuring, using
+from thresher.cli import about, benching, calibrating, exporting, fitting, measuring, quantizing, using
 
 app = typer.Typer(
     name="thresher",
@@ -17,9 +17,9 @@ app = typer.Typer(
 )
 
 for panel, commands in (
-    ("Make a model faster", (fitting.fit, calibrating.calibrate)),
-    ("Measure it", (measuring.evaluate, measuring.bench)),
-    ("Use it", (using.predict, using.explain)),
+    ("Make a model faster", (fitting.fit, calibrating.calibrate, quantizing.quantize)),
+    ("Measure it", (measuring.evaluate, benching.bench)),
+    ("Use it", (using.predict, using.explain, exporting.export)),
     ("Look around", (about.methods, about.demo)),
 ):
     for command in commands:

@@ -69,23 +69,26 @@ class Work:
             "kind": self.kind,
             "label_names": list(text.label_names) if text and text.label_names else None,
             "num_labels": text.num_labels if text else None,
-            "pair": bool(text and text.pair),
+            "pair": None if self.any_pair else bool(text and text.pair),
             "columns": dict(self.columns),
             "max_length": self.max_length,
             "metric": text.metric if text else "cosine",
         }
 
     @classmethod
-    def from_notes(cls, notes: Mapping[str, Any]) -> Work:
+    def from_notes(cls, notes: Mapping[str, Any], *, file: str = "thresher.json", again: str = "fit") -> Work:
+        """file, again: what an error calls the file of the notes, and what makes it."""
         try:
-            kind, text = notes["kind"], None
+            kind, text, any_pair = notes["kind"], None, False
             if kind in ("classification", "regression"):
                 names = tuple(notes["label_names"]) if notes["label_names"] else None
-                text = TextTask(kind, notes["num_labels"], names, notes["pair"], notes["metric"])
-            return cls(kind, text, dict(notes["columns"]), notes["max_length"])
+                any_pair = notes["pair"] is None
+                text = TextTask(kind, notes["num_labels"], names, bool(notes["pair"]), notes["metric"])
+            return cls(kind, text, dict(notes["columns"]), notes["max_length"], any_pair)
         except (KeyError, TypeError, ValueError, OptionError) as error:
+            reason = f"{type(error).__name__}: {error}"
             raise CheckpointError(
-                f"The task noted in thresher.json is not readable ({type(error).__name__}: {error}); fit the model again."
+                f"The task noted in {file} is not readable ({reason}); {again} the model again."
             ) from error
 
     @property
@@ -134,14 +137,22 @@ class Work:
 
     def metrics(self, predictions: np.ndarray, labels: Any, reference: np.ndarray) -> dict[str, float]:
         """The task's metrics where there are labels, and how alike the answers are to `reference`, the undropped model's."""
+        alike = self.alike(predictions, reference)
+        if self.kind != "regression":
+            return self.scores(predictions, labels) | alike
+        return self.scores(predictions, labels) or {"pearson with stock": alike["pearson"]}
+
+    def scores(self, predictions: np.ndarray, labels: Any) -> dict[str, float]:
+        """The task's metrics; none without labels, and none of embeddings."""
+        return {} if labels is None or self.text is None else self.text.metrics(predictions, labels)
+
+    def alike(self, predictions: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+        """How alike two sets of answers to the same rows are: agreement, or pearson, or cosine."""
         if self.text is None:
             return {"cosine": agreement(predictions, reference)["cosine"]}
-        found = {} if labels is None else self.text.metrics(predictions, labels)
-        if self.kind == "classification":
-            found["agreement"] = float((predictions.argmax(-1) == reference.argmax(-1)).mean())
-        elif labels is None:
-            found["pearson with stock"] = self.text.metrics(predictions, reference.reshape(-1))["pearson"]
-        return found
+        if self.kind == "regression":
+            return {"pearson": self.text.metrics(predictions, reference.reshape(-1))["pearson"]}
+        return {"agreement": float((predictions.argmax(-1) == reference.argmax(-1)).mean())}
 
 
 def labels_of(encoded: EncodedRows) -> list[Any] | None:

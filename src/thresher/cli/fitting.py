@@ -117,7 +117,7 @@ def fit(
     precision: Annotated[
         Precision, typer.Option(help="auto: bfloat16 where the machine multiplies it fast.", rich_help_panel=TRAINING)
     ] = "auto",
-    batch_size: BatchSize = 32,
+    batch_size: BatchSize = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> Result:
@@ -226,7 +226,7 @@ def _train(
     checked: EncodedRows,
     out: Path,
     lessons: Lessons,
-    batch_size: int,
+    batch_size: int | None,
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """Train on `encoded` and save; what the model then gains on `checked`, over the one that the method started from."""

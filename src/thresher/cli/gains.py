@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from thresher.report.console import points, ratio, table
+from thresher.report.console import percent, points, ratio, table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,8 +25,22 @@ def gains(work: Work, truth: list[Any] | None, stock: np.ndarray, after: np.ndar
 
 
 def gains_table(title: str, found: dict[str, Any], speedup: float) -> Any:
-    before, after = found["stock"], found["thresher"]
-    rows = [
+    rows = points_rows(found["stock"], found["thresher"])
+    return table(title, ("", "stock", "thresher", "points"), [*rows, ("FLOPs speedup", ratio(1.0), ratio(speedup), "")])
+
+
+def points_rows(before: dict[str, float], after: dict[str, float]) -> list[tuple[str, ...]]:
+    """The metrics of both sides, and the difference in points."""
+    return [
         (name, f"{before[name]:.4f}", f"{value:.4f}", points(value - before[name])) for name, value in after.items()
     ]
-    return table(title, ("", "stock", "thresher", "points"), [*rows, ("FLOPs speedup", ratio(1.0), ratio(speedup), "")])
+
+
+def checked_rows(checked: Mapping[str, float], *, classes: bool) -> list[tuple[str, str]]:
+    """How far an exported graph was found from the torch engine. classes: whether answers have a largest place to agree on."""
+    rows = [("difference in float32", f"{checked['difference']:.1e}"), ("rows with ties", percent(checked["ties"]))]
+    if "int8_difference" in checked:
+        rows.append(("difference of int8", f"{checked['int8_difference']:.1e}"))
+        if classes:
+            rows.append(("same answers in int8", percent(checked["int8_agreement"])))
+    return rows

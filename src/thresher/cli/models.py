@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
+import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 import thresher
+from thresher import checkpoint
 from thresher.backbones import FAMILIES
 from thresher.checkpoint import SETTINGS
 from thresher.cli.data import Work
 from thresher.cli.screen import notice
 from thresher.errors import CheckpointError, OptionError
+from thresher.exported.directory import is_exported
+from thresher.measure import run as running
+from thresher.measure.run import Run
 from thresher.model import attachment_of, find_encoder
 from thresher.tasks.features import DEFAULT_MAX_LENGTH, EncodedRows
 from thresher.tasks.text import TextTask, canonical
@@ -70,6 +75,23 @@ class Opened:
         named = self.work.named(rows, columns)
         return self.work.encode(named, self.tokenizer, self.limit(max_length), labels=labels)
 
+    def answer(
+        self,
+        rows: datasets.Dataset,
+        *,
+        batch_size: int | None = None,
+        on_done: Callable[[int], object] | None = None,
+    ) -> Run:
+        """What the model says of encoded rows. on_done: called with the number of rows just done."""
+        return running.run(self.model, rows, batch_size=batch_size, on_batch=on_done)
+
+    def save(self, directory: Path) -> None:
+        """The model with its policy and tokenizer, all or nothing."""
+        with checkpoint.staged(directory) as staging:
+            self.model.save_pretrained(str(staging))
+            if not hasattr(self.model, "tokenizer"):
+                self.tokenizer.save_pretrained(str(staging))
+
     def text_work(self) -> Work:
         """The task. Raises OptionError for a model whose answers no command can score."""
         if self.work.kind == "other":
@@ -92,6 +114,15 @@ def open_model(name: str, device: str, *, plain_is_news: bool = True) -> Opened:
     noted = attachment_of(model).notes.get("task")
     work = Work.from_notes(noted) if noted is not None else _guessed(model)
     return Opened(model, _tokenizer(model, path), work)
+
+
+def open_in_float32(name: str) -> Opened:
+    """The model on the CPU in float32, whatever it was saved in: what is quantized and exported."""
+    opened = open_model(name, "cpu")
+    if (dtype := find_encoder(opened.model).dtype) is not torch.float32:
+        notice(f"{name} was saved in {str(dtype).removeprefix('torch.')} and is computed in float32 here")
+        opened.model.float()
+    return opened
 
 
 def open_start(
@@ -143,6 +174,11 @@ def find(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         if not any((path / file).is_file() for file in (SETTINGS, "config.json", "modules.json")):
+            if is_exported(path):
+                raise CheckpointError(
+                    f"{path} is an exported graph, which only predict, evaluate and bench take; give the saved model that it "
+                    "was exported from."
+                )
             raise CheckpointError(f"{path} has no config.json, so it is not a saved model.")
         return str(path)
     if path.exists():
@@ -210,10 +246,14 @@ def _load(path: str, how: Callable[[], T]) -> T:
         ) from error
 
 
-def _names(config: Any) -> tuple[str, ...] | None:
+def real_names(names: Iterable[str]) -> tuple[str, ...] | None:
     """The names of a head's classes, unless they are transformers' stand-ins."""
-    names = tuple(config.id2label[number] for number in range(config.num_labels))
-    return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
+    found = tuple(names)
+    return None if all(re.fullmatch(r"LABEL_\d+", name) for name in found) else found
+
+
+def _names(config: Any) -> tuple[str, ...] | None:
+    return real_names(config.id2label[number] for number in range(config.num_labels))
 
 
 def _task_of_head(config: Any, rows: datasets.Dataset, kind: str | None, metric: str | None) -> TextTask:

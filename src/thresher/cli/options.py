@@ -30,6 +30,13 @@ ModelDirectory = Annotated[
     str,
     typer.Argument(metavar="DIR", help="What thresher fit or save_pretrained wrote; a plain checkpoint drops nothing."),
 ]
+AnsweringDirectory = Annotated[
+    str,
+    typer.Argument(
+        metavar="DIR",
+        help="What thresher fit, save_pretrained or thresher export wrote; a plain checkpoint drops nothing.",
+    ),
+]
 Speedup = Annotated[
     float | None,
     typer.Option(
@@ -78,7 +85,23 @@ MethodSetting = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(help="For every random choice.", rich_help_panel=DATA)]
-BatchSize = Annotated[int, typer.Option(min=1, help="Rows run at a time.", metavar="ROWS", rich_help_panel=OUTPUT)]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Rows run at a time. Default: as many as have 4,096 tokens together.",
+        metavar="ROWS",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        help="Of an exported directory: rows run at a time, one a core. Default: all cores.",
+        metavar="CORES",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Device = Annotated[
     Literal["auto", "cpu", "cuda"],
     typer.Option(help="Where the model runs. auto: cuda where there is a GPU.", rich_help_panel=OUTPUT),
@@ -176,17 +199,37 @@ def convert(name: str, text: str, hint: Any) -> Any:
         raise OptionError(f"{name} takes {wanted}, not {text!r}.") from None
 
 
-def directory_to_write(path: Path) -> None:
-    """Fail before the work rather than after it. Raises OSError or OptionError."""
-    if path.exists() and not path.is_dir():
-        raise OptionError(f"{path} is a file; give a directory to write to.")
-    path.mkdir(parents=True, exist_ok=True)
-    probe = path / ".thresher-probe"
-    probe.touch()
-    probe.unlink()
+def directory_to_write(path: Path, *, graph: bool = False) -> None:
+    """Fail before the work rather than after it; leaves no trace. Raises OSError or OptionError.
+
+    graph: whether an exported graph is to be written rather than a model; a directory holds one of them.
+    """
+    from thresher.checkpoint import SETTINGS
+    from thresher.exported.directory import MANIFEST
+
+    _try_to_write(path)
+    other = "a saved model" if graph else "an exported graph"
+    if any((path / name).is_file() for name in ((SETTINGS, "config.json") if graph else (MANIFEST,))):
+        raise OptionError(f"{path} holds {other}; give another directory to write to.")
 
 
 def file_to_write(path: Path) -> None:
+    """As `directory_to_write`."""
     if path.is_dir():
         raise OptionError(f"{path} is a directory; give a file to write to.")
-    directory_to_write(path.parent)
+    _try_to_write(path.parent)
+
+
+def _try_to_write(directory: Path) -> None:
+    """Make a file in a directory that may not be there yet, and take away again what was not there before."""
+    if directory.exists() and not directory.is_dir():
+        raise OptionError(f"{directory} is a file; give a directory to write to.")
+    new = [one for one in (directory, *directory.parents) if not one.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    probe = directory / ".thresher-probe"
+    try:
+        probe.touch()
+        probe.unlink()
+    finally:
+        for one in new:
+            one.rmdir()

@@ -64,5 +64,5 @@ def _same_run(work: Path, settings: dict[str, Any]) -> None:
                 "another --out."
             )
         notice(f"Going on with the unfinished run in {work}")
-    work.mkdir(exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")

@@ -8,8 +8,10 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 
 WIDTH_OF_A_FILE = 120  # where standard output is no terminal
+PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,15 @@ class Interrupted(Exception):
 def command(run: Callable[P, Result]) -> Callable[P, None]:
     """A command that prints its result; its parameters must include `as_json`. Known errors become one sentence and status 2.
 
-    Whatever a library prints on the way goes to standard error, so standard output holds the result alone.
+    Whatever a library prints on the way goes to standard error, so standard output holds the result alone. What this package
+    warns of is shown as a notice.
     """
 
     @functools.wraps(run)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
         stdout = sys.stdout
         try:
-            with contextlib.redirect_stdout(sys.stderr):
+            with contextlib.redirect_stdout(sys.stderr), _warnings_as_notices():
                 result = run(*args, **kwargs)
             _print(result, bool(kwargs["as_json"]), stdout)
         except BrokenPipeError:
@@ -96,6 +100,25 @@ def command(run: Callable[P, Result]) -> Callable[P, None]:
 def notice(text: str) -> None:
     """A remark on standard error."""
     _say(f"Note: {text.rstrip('.')}.", "dim")
+
+
+@contextlib.contextmanager
+def _warnings_as_notices() -> Iterator[None]:
+    """Each of this package's warnings once, as a notice; those of others as they are."""
+    said: set[str] = set()
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], filename: str, *where: Any, **more: Any) -> None:
+            if not Path(filename).is_relative_to(PACKAGE):
+                others(message, category, filename, *where, **more)
+            elif str(message) not in said:
+                said.add(str(message))
+                notice(str(message))
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        warnings.filterwarnings("always", category=UserWarning, module=r"thresher\.")
+        yield
 
 
 @contextlib.contextmanager

@@ -13,12 +13,14 @@ from rich.console import RenderableType
 from thresher.cli.options import (
     DATA,
     OUTPUT,
+    AnsweringDirectory,
     BatchSize,
     Column,
     Device,
     Json,
     MaxLength,
     ModelDirectory,
+    Workers,
     assignments,
     file_to_write,
     place_of,
@@ -48,7 +50,7 @@ Pairs = Annotated[
 
 @command
 def predict(
-    directory: ModelDirectory,
+    directory: AnsweringDirectory,
     data: Annotated[
         str | None, typer.Argument(metavar="DATA", help="Rows as for fit, labels not needed; or give --text.")
     ] = None,
@@ -60,7 +62,8 @@ def predict(
         Path | None,
         typer.Option(help="Write one JSON object a row, in order.", metavar="FILE.jsonl", rich_help_panel=OUTPUT),
     ] = None,
-    batch_size: BatchSize = 32,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> Result:
@@ -72,24 +75,23 @@ def predict(
         raise OptionError("Give either DATA or --text.")
     if out is not None:
         file_to_write(out)
-    place = place_of(device)
 
     from thresher.cli.data import read_rows
-    from thresher.cli.models import open_model
-    from thresher.measure.run import run
-    from thresher.report._support import write_whole
+    from thresher.cli.graphs import open_to_answer
+    from thresher.cli.scoring import texts_only
 
-    opened = open_model(directory, place)
+    opened = open_to_answer(directory, device, batch_size=batch_size, workers=workers)
     work = opened.text_work()
     rows = _given(text, pair) if data is None else read_rows(data, split="test")
     rows = work.named(rows, assignments(column, "--column"))
-    rows, texts = _without_labels(rows)
+    rows = texts_only(rows)
+    texts = [" | ".join(map(str, row.values())) for row in rows]
     encoded = work.encode(rows, opened.tokenizer, opened.limit(max_length), labels=False)
     with progress("predicting", len(rows)) as done:
-        after = run(opened.model, encoded.rows, batch_size=batch_size, on_batch=done)
+        after = opened.answer(encoded.rows, batch_size=batch_size, on_done=done)
     said = _answers(work, after.predictions)
     if out is not None:
-        write_whole(out, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in said))
+        _write(out, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in said))
         return Result(
             {"file": str(out), "rows": len(said), "speedup": after.speedup},
             [f"Wrote {count(len(said))} answers to {out}."],
@@ -128,7 +130,6 @@ def explain(
 
     from thresher.cli.models import open_model
     from thresher.explanation import explain as token_maps
-    from thresher.report._support import write_whole
     from thresher.report.tokens import to_html
 
     opened = open_model(directory, place)
@@ -140,9 +141,16 @@ def explain(
     maps = token_maps(opened.model, opened.tokenizer, texts, limit)
     shown: list[RenderableType] = [TokenMapView(one) for one in maps]
     if html is not None:
-        write_whole(html, to_html(maps, f"What {directory} read"))
+        _write(html, to_html(maps, f"What {directory} read"))
         shown.append(f"Wrote {html}.")
     return Result({"maps": [{**asdict(one), "kept": one.kept} for one in maps], "html": html and str(html)}, shown)
+
+
+def _write(file: Path, text: str) -> None:
+    from thresher.report._support import write_whole
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, text)
 
 
 def _given(text: list[str] | None, pair: list[str] | None) -> datasets.Dataset:
@@ -159,15 +167,6 @@ def _given(text: list[str] | None, pair: list[str] | None) -> datasets.Dataset:
 def _whole(text: str) -> str:
     """A text without the stand-ins for bytes of the command line that are not UTF-8; tokenizers refuse those."""
     return text.encode("utf-8", "replace").decode()
-
-
-def _without_labels(rows: datasets.Dataset) -> tuple[datasets.Dataset, list[str]]:
-    """Rows whose labels, if any, are left unread; and their texts to show."""
-    from thresher.tasks.text import canonical
-
-    rows = canonical(rows)
-    rows = rows.remove_columns([name for name in rows.column_names if name not in ("text", "text_pair")])
-    return rows, [" | ".join(map(str, row.values())) for row in rows]
 
 
 def _answers(work: Work, predictions: np.ndarray) -> list[dict[str, Any]]:

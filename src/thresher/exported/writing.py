@@ -73,9 +73,7 @@ def export(
     if runtime not in get_args(Runtime):
         raise OptionError(f"runtime is one of {', '.join(get_args(Runtime))}, not {runtime!r}.")
     check_exportable(model)
-    require("onnx")
     require(runtime)
-    _require_onnx()
     int8 = attachment_of(model).engine.precision == "int8" if int8 is None else int8
     tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
     limit = _limit(model, tokenizer, max_length)
@@ -96,14 +94,9 @@ def export(
             approximate = _finish(manifest, staging, int8=True, rows=checked)
             found |= _int8_cost(exact, approximate)
         _write_manifest(manifest, staging, int8=int8, checked=found)
+    for other in set(files.GRAPH.values()) - {files.GRAPH[runtime]}:
+        (Path(directory) / other).unlink(missing_ok=True)  # an earlier export's, which this one takes the place of
     return Export(Path(directory), runtime, **found)
-
-
-def _require_onnx() -> None:
-    try:
-        import onnx  # noqa: F401
-    except ImportError as error:
-        raise ThresherError('Writing a graph needs the onnx package; run pip install "thresher[export]".') from error
 
 
 def _finish(manifest: Manifest, staging: Path, *, int8: bool, rows: list[dict[str, list[int]]]) -> list[Output]:
@@ -206,8 +199,10 @@ def _quantize(traced: Path, rows: list[dict[str, list[int]]], manifest: Manifest
         return
     quiet = logging.getLogger()
     level = quiet.level
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
+    try:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+    except ImportError as error:
+        raise ThresherError('int8 needs the onnx package; run pip install "thresher[export]".') from error
     try:
         quiet.setLevel(logging.ERROR)  # it advises to preprocess, which changes nothing in these graphs
         quantize_dynamic(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +29,19 @@ class StageTimes:
     thresher: dict[str, float]
 
 
-def profile(model: Any, rows: datasets.Dataset, *, batch_size: int | None = None, rounds: int = 5) -> StageTimes:
+def profile(
+    model: Any,
+    rows: datasets.Dataset,
+    *,
+    batch_size: int | None = None,
+    rounds: int = 5,
+    tokenise: Callable[[], object] | None = None,
+    on_round: Callable[[int], object] | None = None,
+) -> StageTimes:
     """Run an attached model over encoded rows `rounds` times each way, interleaved, after one round of warm-up.
 
+    batch_size: see `batches`. tokenise: makes the rows from their texts once more; it is timed once a round, and both
+    ways have it in common. on_round: called with the number of the round just done, warm-up included (progress bars).
     Raises OptionError when there are no rows or the model is on a GPU, whose kernels run behind the host's clock.
     """
     attachment_of(model)
@@ -44,6 +56,7 @@ def profile(model: Any, rows: datasets.Dataset, *, batch_size: int | None = None
     seen: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     with evaluating(model), torch.inference_mode():
         for number in range(rounds + 1):
+            tokenising = _seconds(tokenise)
             for way, how in ways.items():
                 with how(), timeline() as times:
                     for batch in inputs:
@@ -51,8 +64,18 @@ def profile(model: Any, rows: datasets.Dataset, *, batch_size: int | None = None
                         answers(model, dict(batch))
                         times.mark("head")
                 if number:
-                    seen[way].append(times.seconds)
+                    seen[way].append({**times.seconds, "tokenise": tokenising})
+            if on_round:
+                on_round(number + 1)
     return StageTimes(*(_medians(seen[way]) for way in ("packed", "thresher")))
+
+
+def _seconds(work: Callable[[], object] | None) -> float:
+    if work is None:
+        return 0.0
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
 
 
 def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:

@@ -76,8 +76,8 @@ def run(
 ) -> Run:
     """Predictions of `model` for every row, in eval mode.
 
-    rows: encoded rows with input_ids and attention_mask. batch_size: see `batches`. predict: from (model, batch) to [B, ...]; the logits by
-    default.
+    rows: encoded rows with input_ids and attention_mask. batch_size: see `batches`. predict: from (model, batch) to
+    [B, ...]; by default `answers`.
     on_batch: called with the number of rows just done (progress bars).
     """
     encoder = find_encoder(model)
@@ -110,8 +110,13 @@ def run_packed(model: Any, rows: datasets.Dataset, **options: Any) -> Run:
 
 
 def answers(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What a model says about a batch, see `said`."""
-    return said(model(**batch) if find_encoder(model) is model else model(dict(batch)), batch.get("attention_mask"))
+    """What a model says about a batch, see `said`; of a CrossEncoder what its `predict` returns."""
+    if find_encoder(model) is model:
+        return said(model(**batch), batch.get("attention_mask"))
+    outputs = model(dict(batch))
+    activation: Callable[[torch.Tensor], torch.Tensor] | None = getattr(model, "activation_fn", None)
+    found = said(outputs, batch.get("attention_mask"))
+    return activation(found) if activation is not None and "scores" in outputs else found
 
 
 def said(outputs: Any, mask: torch.Tensor | None = None) -> torch.Tensor:

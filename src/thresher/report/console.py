@@ -54,6 +54,19 @@ def count(value: float) -> str:
     return f"{round(value):,}" if math.isfinite(value) else MISSING
 
 
+def size(value: float) -> str:
+    """Bytes in the unit that suits them: `812 B`, `4.13 kB`, `90.9 MB`."""
+    for limit, scale, unit in ((999.5, 1.0, "B"), (999.5e3, 1e3, "kB"), (999.5e6, 1e6, "MB")):
+        if value < limit:
+            return f"{_three_figures(value / scale) if scale > 1 else count(value)} {unit}"
+    return f"{_three_figures(value / 1e9)} GB"
+
+
+def percent(share: float) -> str:
+    """`98.4%`."""
+    return f"{100 * share:.1f}%" if math.isfinite(share) else MISSING
+
+
 def _three_figures(value: float) -> str:
     if value == 0:
         return "0"

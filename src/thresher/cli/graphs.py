@@ -1,0 +1,115 @@
+"""What answers: a model, or an exported directory, whose graph answers one row at a time on each core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from thresher.cli.data import Work
+from thresher.cli.models import Opened, open_model, real_names
+from thresher.cli.options import place_of
+from thresher.errors import OptionError
+from thresher.exported.directory import MANIFEST, TOKENIZER, Manifest, is_exported
+from thresher.exported.runner import Row, Runner
+from thresher.measure.run import MODEL_INPUTS, Run
+
+
+@dataclass(frozen=True)
+class OpenedGraph:
+    """An exported directory, its tokenizer, and what it is for; used as `Opened` is."""
+
+    runner: Runner
+    tokenizer: Any
+    work: Work
+
+    def limit(self, asked: int | None = None) -> int:
+        """Tokens to read of a row: as asked, else as exported."""
+        most = self.runner.manifest.max_length
+        if asked is not None and asked > most:
+            raise OptionError(
+                f"{self.runner.path} was exported for {most} tokens, not {asked}; export the model again with --max-length."
+            )
+        return most if asked is None else asked
+
+    def answer(
+        self,
+        rows: datasets.Dataset,
+        *,
+        batch_size: int | None = None,
+        on_done: Callable[[int], object] | None = None,
+    ) -> Run:
+        """As of a model; a graph knows no batches."""
+        outputs = self.runner.run(feeds(rows), on_done=on_done)
+        return Run(np.stack([output.answer for output in outputs]), (), self.runner.speedup(outputs))
+
+    def text_work(self) -> Work:
+        """The task. Raises OptionError for a model whose answers no command can score."""
+        if self.work.kind == "other":
+            raise OptionError(
+                f"{self.runner.path} is neither a classifier, a regressor nor a sentence embedder; thresher bench takes it, "
+                "and thresher.Runner does from Python."
+            )
+        return self.work
+
+
+def open_to_answer(
+    name: str, device: str, *, batch_size: object = None, workers: int | None = None
+) -> Opened | OpenedGraph:
+    """A model on `device` (auto, cpu, cuda) or an exported directory. Raises OptionError for options of the other one."""
+    if not is_exported(Path(name).expanduser()):
+        if workers is not None:
+            raise OptionError("--workers is for an exported directory; a model uses every core by itself.")
+        return open_model(name, place_of(device))
+    if batch_size is not None:
+        raise OptionError(f"{name} is an exported graph, which runs one row at a time; leave --batch-size out.")
+    if device == "cuda":
+        raise OptionError(f"{name} is an exported graph, which runs on the CPU; leave --device out.")
+    return open_graph(name, workers)
+
+
+def open_graph(name: str, workers: int | None = None) -> OpenedGraph:
+    """An exported directory. Raises CheckpointError for one that has changed, OptionError for one without a tokenizer."""
+    runner = Runner(Path(name).expanduser(), workers=workers)
+    file = runner.path / TOKENIZER
+    if not file.is_file():
+        raise OptionError(f"{name} was exported without a tokenizer; export the model again with one.")
+    # Only what the runner itself reads, so that rows are the same tokens as in Runner.predict.
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), model_input_names=list(MODEL_INPUTS))
+    noted = runner.manifest.notes.get("task")
+    if noted is not None:
+        return OpenedGraph(runner, tokenizer, Work.from_notes(noted, file=MANIFEST, again="export"))
+    return OpenedGraph(runner, tokenizer, _guessed(runner))
+
+
+def described(manifest: Manifest) -> str:
+    """Runtime, precision and method."""
+    return f"{manifest.runtime}, {'int8' if manifest.int8 else 'float32'}, {manifest.method or 'nothing dropped'}"
+
+
+def feeds(rows: datasets.Dataset) -> list[Row]:
+    """Encoded rows as a runner takes them."""
+    columns = [name for name in ("input_ids", "token_type_ids") if name in rows.column_names]
+    return rows.select_columns(columns).to_list()  # type: ignore[no-any-return]
+
+
+def _guessed(runner: Runner) -> Work:
+    """The task of a graph that was exported without notes, by what it answers to an empty text."""
+    from thresher.tasks.text import TextTask
+
+    if "sentence_embedding" in runner.manifest.outputs:
+        return Work("embedding")
+    (output,) = runner.run(runner.encode([""]))
+    if runner.manifest.outputs[0] not in ("logits", "scores") or output.answer.ndim != 1:
+        return Work("other")
+    classes = len(output.answer)
+    if classes == 1:
+        return Work("regression", TextTask("regression", 1), any_pair=True)
+    return Work(
+        "classification", TextTask("classification", classes, real_names(runner.manifest.labels) or None), any_pair=True
+    )

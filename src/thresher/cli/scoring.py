@@ -1,0 +1,85 @@
+"""The rows a model is scored on, and what scores its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+
+from thresher.cli.data import Work, labels_of, read_rows, source_and_split
+from thresher.cli.gains import gains
+from thresher.cli.graphs import OpenedGraph
+from thresher.cli.models import Opened
+from thresher.tasks import corpus
+from thresher.tasks.retrieval import inverse_cloze, retrieval_metrics
+from thresher.tasks.text import canonical
+
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Exam:
+    """rows: encoded. truth: labels, if there are any. retrieval: scores embeddings of the rows, on the built-in corpus."""
+
+    work: Work
+    rows: datasets.Dataset
+    truth: list[Any] | None
+    retrieval: Callable[[np.ndarray], Scores] | None = None
+
+    @property
+    def unit(self) -> str:
+        return "texts" if self.retrieval else "rows"
+
+    def scores(self, answers: np.ndarray) -> Scores:
+        """What can be said of answers by themselves: nothing without labels."""
+        return self.work.scores(answers, self.truth) | self._retrieval(answers)
+
+    def gains(self, stock: np.ndarray, after: np.ndarray) -> dict[str, Any]:
+        """The metrics of the answers of both, as `thresher.cli.gains.gains`."""
+        found = gains(self.work, self.truth, stock, after)
+        found["stock"].update(self._retrieval(stock))
+        found["thresher"].update(self._retrieval(after))
+        return found
+
+    def _retrieval(self, answers: np.ndarray) -> Scores:
+        return self.retrieval(answers) if self.retrieval else {}
+
+
+def set_exam(
+    opened: Opened | OpenedGraph,
+    data: str,
+    columns: Mapping[str, str],
+    *,
+    limit: int | None,
+    seed: int,
+    max_length: int | None,
+) -> Exam:
+    """The rows of `data` for what the model is for. Raises OptionError for a model whose answers no command can score."""
+    work = opened.text_work()
+    rows = read_rows(data, split="test", limit=limit, seed=seed)
+    work = work.settled(rows, columns)
+    rows = work.named(rows, columns)
+    retrieval = None
+    if work.kind == "embedding" and source_and_split(data)[0] == corpus.NAME:
+        rows, retrieval = _retrieval(rows, seed)
+    encoded = work.encode(rows, opened.tokenizer, opened.limit(max_length), labels=False)
+    return Exam(work, encoded.rows, labels_of(encoded), retrieval)
+
+
+def texts_only(rows: datasets.Dataset) -> datasets.Dataset:
+    """Rows whose labels, if any, are left unread."""
+    rows = canonical(rows)
+    return rows.remove_columns([name for name in rows.column_names if name not in ("text", "text_pair")])
+
+
+def _retrieval(rows: datasets.Dataset, seed: int) -> tuple[datasets.Dataset, Callable[[np.ndarray], Scores]]:
+    """Sections and held-out sentences as one set of texts, and what scores its embeddings."""
+    documents, queries, relevant = inverse_cloze(rows["text"][:], seed=seed)
+
+    def score(embeddings: np.ndarray) -> Scores:
+        return retrieval_metrics(embeddings[len(documents) :], embeddings[: len(documents)], relevant)
+
+    return datasets.Dataset.from_dict({"text": documents + queries}), score
