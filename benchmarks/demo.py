@@ -47,6 +47,10 @@ def main() -> None:
         "demo-padding", "demo: padding-only ratio", [f.padding_ratio for f in found], "x", None, "stock, padded, sorted"
     )
     write(
+        "demo-kernels", "demo: oneDNN's float32 kernels over torch's own", [f.kernels_ratio for f in found], "x", None,
+        "packed, torch's own kernels",
+    )  # fmt: skip
+    write(
         "demo-total", "demo: total gain", [f.total_ratio for f in found], "x", None, "stock, padded, sorted by length"
     )
 

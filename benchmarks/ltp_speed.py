@@ -37,6 +37,7 @@ def main() -> None:
     }
     for id, what, spread, baseline in (
         ("measured", "LTP measured speedup", found.measured, "packed, nothing dropped"),
+        ("kernels", "oneDNN's float32 kernels over torch's own", found.kernels, "packed, torch's own kernels"),
         ("padding", "padding-only ratio of the same model", found.padding_only, "stock, padded, arrival order"),
     ):
         quartiles = [round(spread.low, 4), round(spread.high, 4)]

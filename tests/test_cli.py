@@ -365,7 +365,7 @@ def test_demo_calls_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         on_progress(0.5)
         print("a library prints")
         scores = {"mrr": 0.5, "recall_at_1": 0.4, "cosine": 0.9}
-        spent = {library.PADDED: 3.0, library.PACKED: 2.0, library.THRESHER: 1.0}
+        spent = {library.PADDED: 3.0, library.PLAIN: 2.5, library.PACKED: 2.0, library.THRESHER: 1.0}
         return library.DemoResult(seed, 3, 2, 7.0, scores, scores, scores, flops_ratio=2.0, seconds=spent)
 
     monkeypatch.setattr(library, "run_demo", pretend)

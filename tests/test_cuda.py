@@ -151,6 +151,17 @@ def test_simulated_drops(gpu: str, lengths: Any, window: int | None) -> None:
     base.test_a_simulated_drop_of_a_whole_window_gives_no_nan_to_anyone()
 
 
+def test_padding_and_a_dropped_window_give_no_nan_to_evidence(gpu: str) -> None:
+    tokens = packed((9, 2), simulated=True)
+    tokens = tokens.keep(torch.arange(11) % 8 == 0)
+    q, k, v = (x.requires_grad_() for x in qkv(tokens))
+    context, evidence = attend(q, k, v, tokens, window=1, wanted=ALL)
+    assert evidence.mass is not None
+    assert not evidence.mass.isnan().any()
+    (context.sum() + evidence.mass.sum()).backward()
+    assert q.grad is not None and torch.isfinite(q.grad).all()
+
+
 @window
 @wanted
 @pytest.mark.parametrize("lengths", [RAGGED, EQUAL], ids=str)
@@ -169,6 +180,17 @@ def test_windows_scales_dropout_and_half_precision(gpu: str) -> None:
     base.test_the_scale_is_the_callers(0.1)
     base.test_dropout_is_applied_and_spares_the_evidence()
     base.test_bfloat16_stays_near(RAGGED, MASS)
+
+
+def test_autocast_leaves_evidence_in_float32(gpu: str) -> None:
+    tokens = packed((40, 300))
+    q, k, v = (x.to(torch.bfloat16) for x in qkv(tokens))
+    expected = attend(q, k, v, tokens, wanted=ALL)[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, evidence = attend(q, k, v, tokens, wanted=ALL)
+    for name in ("mass", "diagonal", "by_segment"):
+        assert getattr(evidence, name).dtype == torch.float32
+        close(getattr(evidence, name), getattr(expected, name), 1e-6)
 
 
 @pytest.mark.parametrize("wanted", [Wanted(), ALL], ids=["nothing", "evidence"])

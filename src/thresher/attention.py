@@ -170,7 +170,7 @@ def _row_by_row(
         bias = _bias(row, window, q.dtype)
         read = gathered.row(row) if wanted else None
         if constant and not wanted.full and heads_apart(q, q.shape[1], probabilities=bool(wanted)):
-            out = attend_by_head(q, k, v, scale, bias, None if read is None else read.head)
+            out = attend_by_head(q, k, v, scale, bias, None if read is None else read.heads)
         elif read is not None:
             out, probabilities = _materialised(q, k, v, bias, scale, dropout)
             read.heads(probabilities)
@@ -286,21 +286,13 @@ class _RowEvidence:
         self.maps: list[Tensor] = []
         self.segments = row.segments
 
-    def head(self, probabilities: Tensor) -> None:
-        """[n, n]"""
-        self.heads(probabilities.unsqueeze(0))
-
     def heads(self, probabilities: Tensor) -> None:
         """[h, n, n]"""
         mark("attention")
-        wanted, n = self.wanted, probabilities.shape[-1]
+        wanted = self.wanted
         self.count += probabilities.shape[0]
         if wanted.mass:
-            # One matrix-vector product over the [h * n, n] view: the cheapest column sum on every device.
-            weights = torch.ones_like(probabilities[:, :, 0])
-            if self.alive is not None:
-                weights = weights * self.alive.to(weights.dtype)
-            self._add(self.sums, weights.reshape(-1) @ probabilities.reshape(-1, n))
+            self._add(self.sums, _column_sum(probabilities, self.alive))
         if wanted.diagonal:
             self._add(self.diagonals, probabilities.diagonal(dim1=1, dim2=2).sum(0))
         if wanted.by_segment:
@@ -335,6 +327,17 @@ class _RowEvidence:
 
     def blocks(self) -> Tensor:
         return self.tiles[0] if len(self.tiles) == 1 else torch.cat(self.tiles, 1)
+
+
+def _column_sum(probabilities: Tensor, alive: Tensor | None) -> Tensor:
+    """[n], the sum over heads and living queries of [h, n, n] float32."""
+    weights = torch.ones_like(probabilities[:, :, 0])
+    if alive is not None:
+        weights = weights * alive.to(weights.dtype)
+    if torch.is_autocast_enabled(probabilities.device.type):  # which would round what a product sums
+        return (probabilities * weights.unsqueeze(2)).sum((0, 1))
+    # One matrix-vector product over the [h * n, n] view: the cheapest column sum on every device.
+    return weights.reshape(-1) @ probabilities.reshape(-1, probabilities.shape[-1])
 
 
 def _diagonal_blocks(probabilities: Tensor, size: int) -> Tensor:

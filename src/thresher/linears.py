@@ -7,6 +7,7 @@ it is first needed and again when the weight has changed. Gradients, other dtype
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Literal
 
@@ -67,7 +68,7 @@ class FastLinear:
             and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
             and not torch.is_autocast_enabled("cpu")
             and not being_exported()
-            and (self.precision == "int8" or bool(torch.backends.mkldnn.enabled))  # type: ignore[attr-defined]
+            and bool(torch.backends.mkldnn.enabled)  # type: ignore[attr-defined]
         )
 
     def _packed(self) -> Tensor | torch.ScriptObject:
@@ -107,6 +108,12 @@ def has_int8_instructions() -> bool:
     return bool(torch.cpu._is_vnni_supported())
 
 
+def plain_kernels() -> contextlib.AbstractContextManager[None]:
+    """Inside this block linear layers and attention take torch's own float32 kernels: what a gain still is here does not come
+    from faster kernels."""
+    return torch.backends.mkldnn.flags(enabled=False)  # type: ignore[no-any-return,no-untyped-call]
+
+
 def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -122,4 +129,4 @@ def check_int8() -> None:
         )
 
 
-__all__ = ["FastLinear", "Precision", "check_int8", "has_int8_instructions", "has_onednn"]
+__all__ = ["FastLinear", "Precision", "check_int8", "has_int8_instructions", "has_onednn", "plain_kernels"]

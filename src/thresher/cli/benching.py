@@ -164,11 +164,12 @@ def _shown(comparisons: Sequence[Comparison], about: dict[str, Any]) -> list[Ren
     return [
         table(
             f"{about['directory']}: {count(first.rows)} rows of {first.tokens_per_row:.0f} tokens, {about['rounds']} rounds",
-            ("batch", "padding only", "measured", "FLOPs", "over sorted stock"),
+            ("batch", "padding only", "kernels", "measured", "FLOPs", "over sorted stock"),
             [
                 (
                     one.batch_size,
                     _spread(one.padding_only),
+                    _spread(one.kernels),
                     _spread(one.measured),
                     ratio(one.flops),
                     _spread(one.over_sorted),
@@ -176,7 +177,8 @@ def _shown(comparisons: Sequence[Comparison], about: dict[str, Any]) -> list[Ren
                 for one in comparisons
             ],
         ),
-        "Padding only: stock padded / packed. Measured: packed / thresher. Both in arrival order. Over sorted stock: stock "
+        "Padding only: stock padded / packed with torch's kernels. Kernels: that / packed. Measured: packed / thresher. All "
+        "three in arrival order. Over sorted stock: stock "
         "/ thresher, both sorted by length. Medians and quartiles of paired rounds.",
         table(
             f"Time a row on {first.device}, {first.threads} thread{'s' if first.threads > 1 else ''}",
@@ -193,6 +195,7 @@ def _record(one: Comparison) -> dict[str, Any]:
     return {
         "batch_size": one.batch_size,
         "padding_only": vars(one.padding_only),
+        "kernels": vars(one.kernels),
         "measured": vars(one.measured),
         "over_sorted": vars(one.over_sorted),
         "seconds": {name: vars(timing.seconds) for name, timing in one.timings.items()},

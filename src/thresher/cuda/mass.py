@@ -124,7 +124,8 @@ def torch_column_sums(
     counted = padding.spread(torch.ones_like(lse[:1]).T if weights is None else weights.T).transpose(1, 2)
     sums, diagonals = [], []
     for part in padding.parts(padding.longest**2 * len(query)):
-        probabilities = torch.exp(q[part] @ k[part].transpose(-1, -2) - normal[part])
+        with torch.autocast(query.device.type, enabled=False):
+            probabilities = torch.exp(q[part] @ k[part].transpose(-1, -2) - normal[part])
         if window is not None:  # a far key is no part of its query's log-sum-exp: no product, which may be infinite
             probabilities = probabilities.masked_fill(~padding.near(window, part), 0.0)
         sums.append(summed(probabilities, counted[part]))

@@ -122,7 +122,8 @@ def join(parts: list[Tensor]) -> Tensor:
 
 def summed(probabilities: Tensor, weights: Tensor) -> Tensor:
     """[B, C, L]: sums over heads and queries of [B, H, L, L], each query weighted by [B, C, L]."""
-    return (weights.unsqueeze(1) @ probabilities).sum(1)
+    with torch.autocast(probabilities.device.type, enabled=False):  # it would add them up in half precision
+        return (weights.unsqueeze(1) @ probabilities).sum(1)
 
 
 def _windowed(bias: Tensor, near: Tensor) -> Tensor:

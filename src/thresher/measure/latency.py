@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,13 @@ import torch
 
 from thresher.engine import keep_everything, stock
 from thresher.errors import OptionError
+from thresher.linears import plain_kernels
 from thresher.measure.flops import speedup
 from thresher.measure.run import answers, batches, collate
 from thresher.model import attachment_of, evaluating, find_encoder
 from thresher.policy import tracing
 
-PADDED, PACKED, THRESHER = "stock, padded", "packed", "thresher"
+PADDED, PLAIN, PACKED, THRESHER = "stock, padded", "packed, torch's kernels", "packed", "thresher"
 SORTED, THRESHER_SORTED = "stock, sorted", "thresher, sorted"
 
 
@@ -86,11 +87,19 @@ def paired(
     return {name: Timing(tuple(taken)) for name, taken in seconds.items()}
 
 
+@contextlib.contextmanager
+def packed_plainly() -> Iterator[None]:
+    """Inside this block attached models run packed, drop nothing, and take torch's own kernels."""
+    with keep_everything(), plain_kernels():
+        yield
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """One model over the same rows in five ways: stock padded, packed with nothing dropped, and as attached, on batches in
-    arrival order; stock and as attached again on batches sorted by length (little padding). All include collating. Every
-    gain is a ratio over the same batches, so that none holds what sorting gains.
+    """One model over the same rows in six ways: stock padded, packed with torch's own kernels, packed, and as attached, on
+    batches in arrival order; stock and as attached again on batches sorted by length (little padding). All include
+    collating. Every gain is a ratio over the same batches and of one step, so that none holds what sorting, padding or faster
+    kernels gain.
 
     flops: FLOPs of packed / FLOPs of thresher. threads: torch's, on the CPU.
     """
@@ -105,8 +114,13 @@ class Comparison:
 
     @property
     def padding_only(self) -> Spread:
-        """What leaving padding out gains, without any method, in arrival order."""
-        return ratio(self.timings[PADDED], self.timings[PACKED])
+        """What leaving padding out gains, without any method or other kernels, in arrival order."""
+        return ratio(self.timings[PADDED], self.timings[PLAIN])
+
+    @property
+    def kernels(self) -> Spread:
+        """What the kernels gain over torch's own, nothing dropped, in arrival order: oneDNN, and int8 where it is on."""
+        return ratio(self.timings[PLAIN], self.timings[PACKED])
 
     @property
     def measured(self) -> Spread:
@@ -156,6 +170,7 @@ def compare(
 
     variants = {
         PADDED: variant(arrival, stock),
+        PLAIN: variant(arrival, packed_plainly),
         PACKED: variant(arrival, keep_everything),
         THRESHER: variant(arrival, contextlib.nullcontext),
         SORTED: variant(by_length, stock),

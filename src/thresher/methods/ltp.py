@@ -87,7 +87,9 @@ class ThresholdPolicy(Policy[Thresholds]):
         self.register_buffer("theta", start, persistent=False)
 
     def wants(self, layer: int) -> Wanted:
-        return NOTHING if self.mode == "hard" and self.config.strength == 0 else Wanted(mass=True)
+        if self.mode == "hard":  # the mass only selects: no gradient flows through it
+            return NOTHING if self.config.strength == 0 else Wanted(mass=True, detached=True)
+        return Wanted(mass=True)
 
     def score(self, tokens: PackedTokens, evidence: Evidence) -> Tensor:
         mass = attention_mass(tokens, evidence)

@@ -58,8 +58,8 @@ def relative(score: Tensor, tokens: PackedTokens) -> Tensor:
 
 
 SCORES: dict[str, tuple[Score, Wanted]] = {
-    "attention-mass": (attention_mass, Wanted(mass=True)),
-    "attention-mass-off-diagonal": (attention_mass_off_diagonal, Wanted(mass=True, diagonal=True)),
+    "attention-mass": (attention_mass, Wanted(mass=True, detached=True)),
+    "attention-mass-off-diagonal": (attention_mass_off_diagonal, Wanted(mass=True, diagonal=True, detached=True)),
     "first": (first, Wanted()),
     "last": (last, Wanted()),
     "random": (random, Wanted()),
