@@ -43,7 +43,7 @@ def main() -> None:
             record(
                 "peers", f"{name}-{suffix}", f"{label(ours)} over {what}", ours["value"] / other["value"], "x",
                 target=None if bar is None else f">= {bar}", baseline=label(other), data=ours["data"], split=ours["split"],
-                examples=ours["examples"], seeds=ours["seeds"], note="ratio of two records, each a ratio over stock in paired rounds",
+                examples=ours["examples"], seeds=ours["seeds"], note="of two ratios over stock, each paired",
             )  # fmt: skip
             print(f"{name}-{suffix}: {label(ours)} / {label(other)} = {ours['value'] / other['value']:.2f} (>= {bar})")
 
