@@ -179,3 +179,14 @@ def test_bad_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         outputs_of(model, batch("bert"))
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_plain_kernels_are_torchs_own_and_say_nothing(precision: Any) -> None:
+    linear, x = nn.Linear(32, 32), torch.randn(40, 32)
+    fast = FastLinear(linear, precision)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        with linears.plain_kernels():
+            assert torch.equal(fast(x), linear(x))
+        assert linears.fast_kernels()

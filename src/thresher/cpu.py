@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from thresher.linears import has_onednn
+from thresher.linears import fast_kernels, has_onednn
 
 # Measured with 12 heads of 32: below, one product for all heads wins; above PLAIN, one thread also beats the flash kernel.
 PROBABILITIES_FROM = 192
@@ -23,7 +23,7 @@ def heads_apart(query: Tensor, n: int, *, probabilities: bool) -> bool:
     """Whether `attend_by_head` is the fastest way for a row of n tokens. query: any tensor of the call."""
     if n < PROBABILITIES_FROM or query.device.type != "cpu" or query.dtype is not torch.float32:
         return False
-    if not (has_onednn() and bool(torch.backends.mkldnn.enabled)):  # type: ignore[attr-defined]
+    if not (has_onednn() and fast_kernels()):
         return False
     return probabilities or (n >= PLAIN_FROM and torch.get_num_threads() == 1)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Literal
 
 import torch
@@ -20,6 +22,8 @@ from thresher.errors import OptionError
 from thresher.packed import being_exported
 
 Precision = Literal["float32", "int8"]
+
+_plain: ContextVar[bool] = ContextVar("thresher_plain_kernels", default=False)
 
 # Optimizer steps taken in this process: fused optimizers change parameters without raising their version.
 _steps = 0
@@ -68,7 +72,7 @@ class FastLinear:
             and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
             and not torch.is_autocast_enabled("cpu")
             and not being_exported()
-            and bool(torch.backends.mkldnn.enabled)  # type: ignore[attr-defined]
+            and fast_kernels()
         )
 
     def _packed(self) -> Tensor | torch.ScriptObject:
@@ -108,10 +112,20 @@ def has_int8_instructions() -> bool:
     return bool(torch.cpu._is_vnni_supported())
 
 
-def plain_kernels() -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def plain_kernels() -> Iterator[None]:
     """Inside this block linear layers and attention take torch's own float32 kernels: what a gain still is here does not come
     from faster kernels."""
-    return torch.backends.mkldnn.flags(enabled=False)  # type: ignore[no-any-return,no-untyped-call]
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
+def fast_kernels() -> bool:
+    """Whether kernels other than torch's first choice may be taken now."""
+    return not _plain.get() and bool(torch.backends.mkldnn.enabled)  # type: ignore[attr-defined]
 
 
 def has_onednn() -> bool:
@@ -129,4 +143,12 @@ def check_int8() -> None:
         )
 
 
-__all__ = ["FastLinear", "Precision", "check_int8", "has_int8_instructions", "has_onednn", "plain_kernels"]
+__all__ = [
+    "FastLinear",
+    "Precision",
+    "check_int8",
+    "fast_kernels",
+    "has_int8_instructions",
+    "has_onednn",
+    "plain_kernels",
+]
