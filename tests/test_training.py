@@ -22,8 +22,10 @@ from transformers.modeling_outputs import (
 import thresher
 from helpers import batch, dataset, make, outputs_of, settings, tokenizer, worst
 from thresher import checkpoint
-from thresher.errors import OptionError
-from thresher.measure.run import run_packed
+from thresher.calibration import agreement
+from thresher.errors import OptionError, TargetError
+from thresher.frontier import frontier_of
+from thresher.measure.run import run, run_packed
 from thresher.methods import CONFIGS
 from thresher.model import attachment_of, is_attached, policy_of
 from thresher.policy import Stage
@@ -508,3 +510,87 @@ def test_neighbourhood_loss_against_loops() -> None:
     assert float(neighbourhood_loss(ours, theirs)) == pytest.approx(0.05 * total / 4, rel=1e-4)
     assert neighbourhood_loss(ours, ours) == pytest.approx(0.0, abs=1e-6)
     assert neighbourhood_loss(ours[:1], theirs[:1]) == 0
+
+
+SEARCH = {"evaluations": 24, "sampler": "evolutionary"}
+ONCE = Stage(name="once-for-all", mode="hard", batch_size=8, learning_rate=1e-3, distil_weight=1.0, warmup=0.0)
+
+
+def searching(directory: Path, method: str = "ase", **options: Any) -> Any:
+    settings_ = {
+        "search": SEARCH,
+        "max_steps": 3,
+        "validation": dataset(24, seed=5),
+        "stages": (ONCE,),
+        **QUIET,
+        **options,
+    }
+    return fit(make("bert"), settings(CONFIGS[method]), dataset(24), tokenizer(), directory, **settings_)
+
+
+def test_ase_searches_trains_under_what_it_found_and_serves_every_speedup(tmp_path: Path) -> None:
+    drawn: list[Any] = []
+    recipe, before = import_module("thresher.training.recipe"), run_stage
+    model = make("bert")
+
+    def watched(model: Any, stage: Stage, *args: Any, **options: Any) -> Any:
+        drawn.append(stage.configurations)
+        return before(model, stage, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "run_stage", watched)
+        model = searching(tmp_path / "out", speedup=1.4)
+    frontier = frontier_of(attachment_of(model).notes)
+    assert len(drawn[0]) >= 2
+    assert set(frontier.configurations) <= set(drawn[0])
+    chosen = frontier.at(1.4)
+    assert policy_of(model).config.retention == chosen.retention
+    rows = dataset(24, seed=5)
+    reached = run(model, rows)
+    assert reached.speedup == pytest.approx(chosen.speedup)
+    packed = run_packed(thresher.attach(make("bert")), rows).predictions
+    assert agreement(packed, model)(reached.predictions) == pytest.approx(chosen.quality)  # of the trained model
+    fastest = frontier.points[-1]
+    loaded = thresher.load(tmp_path / "out", speedup=fastest.speedup)
+    assert policy_of(loaded).config.retention == fastest.retention
+    assert run(loaded, rows).speedup == pytest.approx(fastest.speedup)
+
+
+def test_length_adaptive_searches_the_trained_model(tmp_path: Path) -> None:
+    model = searching(tmp_path / "out", "length-adaptive", max_loss=0.3)
+    found = attachment_of(model).notes["search"]
+    assert found["evaluations"] == SEARCH["evaluations"]
+    frontier = frontier_of(attachment_of(model).notes)
+    chosen = policy_of(model).config.retention
+    point = next(p for p in frontier.points if p.retention == chosen)
+    assert point.quality >= 0.7
+    assert all(p.quality < 0.7 for p in frontier.points if p.speedup > point.speedup)
+
+
+def test_an_interrupted_search_goes_on_and_is_not_repeated(tmp_path: Path) -> None:
+    whole = searching(tmp_path / "whole", speedup=1.3)
+    with pytest.raises(Stop):
+        searching(tmp_path / "broken", speedup=1.3, on_stage=stop_at("once-for-all"))
+    assert (tmp_path / "broken" / "training" / "frontier.json").is_file()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(import_module("thresher.training.frontiers"), "search", lambda *a, **k: pytest.fail("again"))
+        resumed = searching(tmp_path / "broken", speedup=1.3)
+    assert attachment_of(resumed).notes["frontier"] == attachment_of(whole).notes["frontier"]
+
+
+def test_a_speedup_that_no_configuration_has_is_told_before_training(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="nearest"):
+        searching(tmp_path, speedup=50.0, on_stage=lambda stage: pytest.fail("trained"))
+    with pytest.raises(TargetError, match="Train longer"):
+        searching(tmp_path / "loss", max_loss=0.0, quality=lambda p: float(-abs(p - reference_of()).max()))
+
+
+def reference_of() -> Any:
+    return run_packed(thresher.attach(make("bert")), dataset(24, seed=5)).predictions
+
+
+def test_a_search_needs_rows_and_a_method_that_searches(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="search needs validation rows"):
+        searching(tmp_path, validation=None)
+    with pytest.raises(OptionError, match="'ltp' searches no"):
+        searching(tmp_path, "ltp")

@@ -15,11 +15,15 @@ if TYPE_CHECKING:
     from thresher.explanation import explain
     from thresher.exported.runner import Runner
     from thresher.exported.writing import export
+    from thresher.methods.ase import ASE
+    from thresher.methods.length_adaptive import LengthAdaptive
     from thresher.methods.ltp import LTP, RelativeThreshold, RisingThreshold
+    from thresher.methods.power_bert import PowerBert
     from thresher.methods.retention import AttentionMass, CascadeTopK, FirstTokens, LastTokens, RandomTokens
-    from thresher.model import attach, detach, load, policy_of, quantize, save, set_config, validate
-    from thresher.policy import Stage, tracing
-    from thresher.training import fit
+    from thresher.model import attach, detach, load, policy_of, quantize, save, set_config, set_speedup, validate
+    from thresher.policy import Stage, retaining, tracing
+    from thresher.search import search
+    from thresher.training import fit, post_train
 
 __version__ = "0.1.0"
 
@@ -30,22 +34,29 @@ _HOME = {
     "explanation": ("explain",),
     "exported.runner": ("Runner",),
     "exported.writing": ("export",),
+    "methods.ase": ("ASE",),
+    "methods.length_adaptive": ("LengthAdaptive",),
     "methods.ltp": ("LTP", "RelativeThreshold", "RisingThreshold"),
+    "methods.power_bert": ("PowerBert",),
     "methods.retention": ("AttentionMass", "CascadeTopK", "FirstTokens", "LastTokens", "RandomTokens"),
-    "model": ("attach", "detach", "load", "policy_of", "quantize", "save", "set_config", "validate"),
-    "policy": ("Stage", "tracing"),
-    "training": ("fit",),
+    "model": ("attach", "detach", "load", "policy_of", "quantize", "save", "set_config", "set_speedup", "validate"),
+    "policy": ("Stage", "retaining", "tracing"),
+    "search": ("search",),
+    "training": ("fit", "post_train"),
 }
 # What a missing package is installed with.
 _EXTRA = {"torch": "torch", "transformers": "torch", "safetensors": "torch", "datasets": "train", "accelerate": "train"}
 _MODULE = {name: f"thresher.{module}" for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "ASE",
     "LTP",
     "AttentionMass",
     "CascadeTopK",
     "FirstTokens",
     "LastTokens",
+    "LengthAdaptive",
+    "PowerBert",
     "RandomTokens",
     "RelativeThreshold",
     "RisingThreshold",
@@ -61,9 +72,13 @@ __all__ = [
     "keep_everything",
     "load",
     "policy_of",
+    "post_train",
     "quantize",
+    "retaining",
     "save",
+    "search",
     "set_config",
+    "set_speedup",
     "simulated_drops",
     "stock",
     "tracing",

@@ -72,7 +72,7 @@ def calibrate(
             assert max_loss is not None
             if reference is None:
                 reference = run_packed(model, rows, **search.options).predictions
-            judge = quality or _agreement(reference, model)
+            judge = quality or agreement(reference, model)
             baseline = float(judge(reference))
             found = _to_loss(search, judge, baseline - max_loss)
     except BaseException:
@@ -162,8 +162,9 @@ def _says_classes(model: Any) -> bool:
     )
 
 
-def _agreement(packed: np.ndarray, model: Any) -> Quality:
-    """How often a model's answers are those of the undropped model (values and embeddings: how close)."""
+def agreement(packed: np.ndarray, model: Any) -> Quality:
+    """How often a model's answers are those of the undropped model, whose predictions are `packed` (values and embeddings: how
+    close)."""
     if _says_spans(model):
         return _same(packed, lambda p: np.nan_to_num(p, nan=-np.inf).argmax(1))
     if _says_classes(model):

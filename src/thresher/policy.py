@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
@@ -35,15 +35,20 @@ class PolicyConfig:
 
     protect_segments: segments of which no token may be dropped, e.g. (0,) for the question in extractive QA.
     protect_ids: token ids that may not be dropped, e.g. the separators. The first token always stays.
+    segment_end: the token id that closes the first segment, where the family has no token types and its configuration does not
+        name the separator (DistilBERT).
     strength: the one knob that calibration turns. 0 keeps everything, 1 is the configuration as written, larger reads
     less.
     """
 
     method: ClassVar[str] = ""
     exports: ClassVar[bool] = True  # whether the decision can be written as operators of a graph
+    # When a fit searches retention configurations: before the stages, which then train under them, or on the trained model.
+    searches: ClassVar[Literal["", "before", "after"]] = ""
 
     protect_segments: tuple[int, ...] = ()
     protect_ids: tuple[int, ...] = ()
+    segment_end: int | None = None
     strength: float = 1.0
 
     def __post_init__(self) -> None:
@@ -123,6 +128,57 @@ def new_trace() -> Trace:
     return trace
 
 
+@dataclass(frozen=True)
+class Retained:
+    """What the passes of a block read instead of what their policy is configured to, see `retaining`."""
+
+    retention: tuple[float, ...]
+    skip: frozenset[int] = frozenset()
+
+
+_retained: ContextVar[Retained | None] = ContextVar("thresher_retained", default=None)
+
+
+@contextlib.contextmanager
+def retaining(retention: Sequence[float], skip: Iterable[int] = ()) -> Iterator[None]:
+    """Inside this block passes of this thread read by another retention configuration than the policy's own.
+
+    retention: the fraction of its own length that a row keeps after each layer, one for each layer, never rising; policies
+        that keep no fractions do not look at it. skip: layers (from 1) that are left out whole, as LayerDrop does in
+        training; no token drops there.
+    """
+    token = _retained.set(Retained(tuple(retention), frozenset(skip)))
+    try:
+        yield
+    finally:
+        _retained.reset(token)
+
+
+def retained() -> Retained | None:
+    """The retention configuration of the block that this pass runs in, if it runs in one."""
+    return _retained.get()
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One of the passes that a training step makes over its batch, and what its answers are worth.
+
+    reads: the retention configuration of this pass; None for what the policy is set to.
+    label_weight: of the task's loss. distil_weight: of the distance to what the teacher says.
+    from_first: the teacher is the step's first pass (in-place distillation) instead of the stage's own.
+    reverse: KL(student || teacher) instead of KL(teacher || student).
+    """
+
+    reads: Retained | None = None
+    label_weight: float = 1.0
+    distil_weight: float = 0.0
+    from_first: bool = False
+    reverse: bool = False
+
+    def applied(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.reads is None else retaining(self.reads.retention, self.reads.skip)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One training stage of a method; every setting can be overridden.
@@ -133,6 +189,7 @@ class Stage:
     label_weight, distil_weight: weights of the task's loss and of what the stock model says (KL on logits, cosine on
     embeddings).
     dropout: whether the model's own dropout is on; learning from the stock model goes better without.
+    configurations: retention configurations, one of which is drawn for each step; empty: the policy's own.
     """
 
     name: str
@@ -146,6 +203,7 @@ class Stage:
     label_weight: float = 1.0
     distil_weight: float = 0.0
     dropout: bool = True
+    configurations: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         checks = {
@@ -195,6 +253,17 @@ class Policy(nn.Module, Generic[ConfigT]):
         """How the method is trained from a fine-tuned model: by default the model learns from its stock self."""
         return (Stage(name="distil", mode="hard", label_weight=0.0, distil_weight=1.0, dropout=False),)
 
+    def draws(self, stage: Stage) -> Sequence[Draw]:
+        """The passes of one training step. By default one, under a configuration drawn from the stage's."""
+        reads = None
+        if stage.configurations:
+            reads = Retained(stage.configurations[int(torch.randint(len(stage.configurations), ()))])
+        return (Draw(reads, stage.label_weight, stage.distil_weight),)
+
+    def after_step(self) -> None:
+        """Called after every step of the optimizer, to keep parameters inside their bounds."""
+
     def overhead_flops(self, layer: int, n: int) -> int:
         """The method's own work at one layer for a row of n tokens (a multiply-add is 2)."""
-        return 2 * self.geometry.heads * n * n if self.wants(layer) else 0
+        wanted = self.wants(layer)
+        return (2 * wanted.mass + 4 * wanted.by_segment) * self.geometry.heads * n * n

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from thresher.errors import OptionError, nearest
+from thresher.methods.ase import ASE, ASEPolicy
+from thresher.methods.length_adaptive import LengthAdaptive, LengthAdaptivePolicy
 from thresher.methods.ltp import LTP, LTPPolicy, RelativeThreshold, RisingThreshold, ThresholdPolicy
+from thresher.methods.power_bert import PowerBert, PowerBertPolicy
 from thresher.methods.retention import (
     AttentionMass,
     CascadeTopK,
@@ -17,11 +20,14 @@ from thresher.methods.retention import (
 from thresher.policy import Geometry, Policy, PolicyConfig
 
 METHODS: dict[type[PolicyConfig], type[Policy[Any]]] = {
+    ASE: ASEPolicy,
     AttentionMass: RetentionPolicy,
     CascadeTopK: RetentionPolicy,
     FirstTokens: RetentionPolicy,
     LastTokens: RetentionPolicy,
     LTP: LTPPolicy,
+    LengthAdaptive: LengthAdaptivePolicy,
+    PowerBert: PowerBertPolicy,
     RandomTokens: RetentionPolicy,
     RelativeThreshold: ThresholdPolicy,
     RisingThreshold: ThresholdPolicy,

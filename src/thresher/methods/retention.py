@@ -11,14 +11,16 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, TypeVar
+
+from torch import Tensor
 
 from thresher.attention import NOTHING, Evidence, Wanted
 from thresher.errors import OptionError
 from thresher.packed import PackedTokens
 from thresher.parts import scores
 from thresher.parts.rules import interpolate, keep_count, keep_fraction
-from thresher.policy import Geometry, Point, Policy, PolicyConfig, Trace
+from thresher.policy import Geometry, Point, Policy, PolicyConfig, Trace, retained
 
 # About 2.2x fewer FLOPs on six layers; drawn for six and interpolated for other depths.
 DEFAULT_CURVE = (0.8, 0.6, 0.45, 0.3, 0.2, 0.1)
@@ -35,6 +37,7 @@ class Retention(PolicyConfig):
     retention: tuple[float, ...] | None = None
     min_tokens: int = 1
     score: ClassVar[str] = "attention-mass"
+    point: ClassVar[Point] = Point.AFTER_ATTENTION
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,28 +163,61 @@ class CascadeTopK(Retention):
         return tuple(1.0 - (1.0 - rate) * max(layer - unpruned, 0) / steps for layer in range(1, layers + 1))
 
 
-class RetentionPolicy(Policy[Retention]):
-    """Any score with the fraction rule."""
+RetentionT = TypeVar("RetentionT", bound=Retention)
 
-    def __init__(self, config: Retention, geometry: Geometry) -> None:
+
+class RetentionPolicy(Policy[RetentionT]):
+    """Any score with the fraction rule, under the policy's own configuration or that of a `retaining` block."""
+
+    def __init__(self, config: RetentionT, geometry: Geometry) -> None:
         super().__init__(config, geometry)
         self.fractions = config.fractions(geometry)
-        self.counts = config.layer_counts(geometry)
+        self.fixed_counts = config.layer_counts(geometry)
         self.score, self.wanted = config.scoring()
 
-    def _drops_at(self, layer: int) -> bool:
-        if self.counts is not None:
-            return layer == 1 or self.counts[layer - 1] < self.counts[layer - 2]
-        before = self.fractions[layer - 2] if layer > 1 else 1.0
-        return self.fractions[layer - 1] < before
+    def curve(self) -> tuple[float, ...]:
+        """The fraction of its original length that a row keeps after each layer, in this pass."""
+        now = retained()
+        if now is None:
+            return self.fractions
+        if len(now.retention) != self.geometry.layers:
+            raise OptionError(
+                f"The retention configuration has {len(now.retention)} fractions but the model has {self.geometry.layers} "
+                "layers; give one for each."
+            )
+        return now.retention
+
+    def counts(self) -> tuple[int, ...] | None:
+        """Instead of `curve`: the number of tokens of any row that each layer keeps, in this pass."""
+        return None if retained() is not None else self.fixed_counts
+
+    def kept_before(self, layer: int) -> float:
+        """The fraction of its original length with which a row reaches `layer`."""
+        now = retained()
+        left_out = now.skip if now is not None else ()
+        earlier = [fraction for at, fraction in enumerate(self.curve()[: layer - 1], 1) if at not in left_out]
+        return earlier[-1] if earlier else 1.0
+
+    def drops_at(self, layer: int) -> bool:
+        now = retained()
+        if now is not None and layer in now.skip:
+            return False
+        counts = self.counts()
+        if counts is not None:
+            return layer == 1 or counts[layer - 1] < counts[layer - 2]
+        return self.curve()[layer - 1] < self.kept_before(layer)
 
     def wants(self, layer: int) -> Wanted:
-        return self.wanted if self._drops_at(layer) else NOTHING
+        return self.wanted if self.drops_at(layer) else NOTHING
 
     def act(self, point: Point, layer: int, tokens: PackedTokens, evidence: Evidence, trace: Trace) -> PackedTokens:
-        if point is not Point.AFTER_ATTENTION or not self._drops_at(layer):
+        if point is not self.config.point or not self.drops_at(layer):
             return tokens
-        score, fraction = self.score(tokens, evidence), self.fractions[layer - 1]
-        if self.counts is not None:
-            return tokens.keep(keep_count(score, tokens, self.counts[layer - 1]))
-        return tokens.keep(keep_fraction(score, tokens, fraction, self.config.min_tokens))
+        return tokens.keep(self.selected(self.score(tokens, evidence), tokens, layer))
+
+    def selected(self, score: Tensor, tokens: PackedTokens, layer: int) -> Tensor:
+        """[T] bool, what `layer` keeps."""
+        counts = self.counts()
+        if counts is not None:
+            return keep_count(score, tokens, counts[layer - 1])
+        return keep_fraction(score, tokens, self.curve()[layer - 1], self.config.min_tokens)

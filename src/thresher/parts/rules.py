@@ -41,6 +41,21 @@ def keep_fraction(score: Tensor, tokens: PackedTokens, fraction: float, minimum:
     return ranks(score, tokens) < tokens.layout.spread(count)
 
 
+def keep_share_of_segments(score: Tensor, tokens: PackedTokens, share: float, minimum: int = 1) -> Tensor:
+    """[T] bool: the best max(minimum, round(share x tokens now)) of each row's segment 0, and of its segment 1, apart."""
+    layout = tokens.layout
+    living = torch.ones_like(layout.protected) if tokens.alive is None else tokens.alive
+    kept = torch.zeros_like(layout.protected)
+    for side in (layout.segments == 0, layout.segments > 0):
+        size = layout.count(living & side)
+        count = (size * share).round().clamp(min=minimum).to(torch.int64)
+        # Protected tokens rank first whatever their segment: those of the other one take no places of this one's.
+        count = count + layout.count(living & ~side & layout.protected)
+        place = ranks(score.masked_fill(~side, float("-inf")), tokens)
+        kept = kept | (side & (place < layout.spread(count)))
+    return kept
+
+
 def keep_count(score: Tensor, tokens: PackedTokens, count: int) -> Tensor:
     """[T] bool: the best `count` tokens of each row (an absolute retention configuration)."""
     return ranks(score, tokens) < count

@@ -24,6 +24,28 @@ def attention_mass_off_diagonal(tokens: PackedTokens, evidence: Evidence) -> Ten
     return evidence.mass_off_diagonal(tokens)
 
 
+def dual_attention(tokens: PackedTokens, evidence: Evidence, *, alpha_context: float, alpha_response: float) -> Tensor:
+    """DualA (ASE, equations 1-4): alpha * self + (1 - alpha) * mutual.
+
+    self: what a token receives from the other tokens of its own segment, divided by the number of all of them; mutual: the
+    mean of what it receives from those of the other one. Heads are averaged. Segment 0 is the context, 1 the response, each
+    with its own alpha. Of a row with one segment, self alone counts: attention mass without the diagonal.
+    """
+    assert evidence.by_segment is not None
+    assert evidence.diagonal is not None
+    layout = tokens.layout
+    in_response = layout.segments > 0
+    living = torch.ones_like(in_response) if tokens.alive is None else tokens.alive
+    sizes = [layout.spread(layout.count(living & side)) for side in (~in_response, in_response)]
+    context, response = evidence.by_segment.unbind(1)
+    size = torch.where(in_response, sizes[1], sizes[0]).clamp(min=1)
+    own = torch.where(in_response, response, context) - evidence.diagonal / size
+    mutual = torch.where(in_response, context, response)
+    alpha = torch.where(in_response, alpha_response, alpha_context).to(own.dtype)
+    alpha = alpha.masked_fill((sizes[0] == 0) | (sizes[1] == 0), 1.0)
+    return alpha * own + (1.0 - alpha) * mutual
+
+
 def first(tokens: PackedTokens, evidence: Evidence) -> Tensor:
     """Earlier tokens are worth more."""
     return -tokens.positions.to(torch.float32)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from thresher.errors import OptionError
 from thresher.measure.run import said
 from thresher.model import attachment_of, detach, find_encoder, is_attached
-from thresher.policy import Stage, tracing
+from thresher.policy import Draw, Stage, tracing
 
 LABELS = ("labels", "start_positions", "end_positions")
 
@@ -27,11 +27,14 @@ def stock_copy(model: Any) -> Any:
     return teacher.eval()
 
 
-def distillation_loss(student: Any, teacher: Any, mask: Tensor | None = None) -> Tensor:
+def distillation_loss(
+    student: Any, teacher: Any, mask: Tensor | None = None, *, reverse: bool = False, sigmoid: bool = False
+) -> Tensor:
     """How far the student's outputs are from the teacher's.
 
-    Sentence embeddings: 1 - cosine, plus what `neighbourhood_loss` says. One logit: the squared difference. Several:
-    KL(teacher || student); of token logits over the real tokens, of span logits over the positions of each row.
+    Sentence embeddings: 1 - cosine, plus what `neighbourhood_loss` says. One logit: the squared difference, or where it is
+    that of a probability (`sigmoid`) as if it were two. Several: KL(teacher || student), or KL(student || teacher) when
+    `reverse`; of token logits over the real tokens, of span logits over the positions of each row.
     """
     ours, theirs = said(student, mask).float(), said(teacher, mask).float()
     if "sentence_embedding" in student or "last_hidden_state" in student:
@@ -43,8 +46,12 @@ def distillation_loss(student: Any, teacher: Any, mask: Tensor | None = None) ->
     elif ours.dim() == 3:
         assert mask is not None
         ours, theirs = ours[mask.bool()], theirs[mask.bool()]
-    if ours.shape[-1] == 1:
+    if ours.shape[-1] == 1 and not sigmoid:
         return F.mse_loss(ours, theirs)
+    if ours.shape[-1] == 1:
+        ours, theirs = (F.pad(x, (1, 0)) for x in (ours, theirs))
+    if reverse:
+        ours, theirs = theirs, ours
     return F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="batchmean")
 
 
@@ -81,36 +88,57 @@ class Learner(nn.Module):
         self.stage = stage
         self._teacher = [teacher]  # in a list: not a submodule, so neither trained nor saved
         self.takes_features = find_encoder(model) is not model
+        # One logit learned by binary cross-entropy, which transformers wants its labels [B, 1] for.
+        self.sigmoid = getattr(find_encoder(model).config, "problem_type", None) == "multi_label_classification"
 
     def train(self, mode: bool = True) -> Learner:
         return super().train(mode and self.stage.dropout)
 
     def _call(self, model: Any, batch: dict[str, Tensor]) -> Any:
+        if self.sigmoid and "labels" in batch:
+            batch = {**batch, "labels": batch["labels"].reshape(-1, 1)}
         return model(batch) if self.takes_features else model(**batch)
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        stage = self.stage
+        stage, mask = self.stage, batch.get("attention_mask")
         if not stage.label_weight:
             batch = {k: v for k, v in batch.items() if k not in LABELS}
-        with tracing() as traces:
-            outputs = self._call(self.model, dict(batch))
-        answers = said(outputs, batch.get("attention_mask"))
-        loss = answers.new_zeros((), dtype=torch.float32)
-        if stage.label_weight:
-            if outputs.get("loss") is None:
-                raise OptionError(f"The stage {stage.name!r} learns from labels, but the batch has none.")
-            loss = loss + stage.label_weight * outputs["loss"]
-        if stage.distil_weight:
-            loss = loss + stage.distil_weight * self._distil(outputs, batch)
-        if self.policy is not None:
-            auxiliary = self.policy.auxiliary_loss(traces[-1])
-            loss = loss if auxiliary is None else loss + auxiliary
-        return {"loss": loss, "logits": answers}
+        loss, first = None, None
+        for draw in self.policy.draws(stage) if self.policy else (Draw(None, stage.label_weight, stage.distil_weight),):
+            with tracing() as traces, draw.applied():
+                outputs = self._call(self.model, dict(batch))
+            first = outputs if first is None else first
+            added = self._loss(draw, outputs, first, batch)
+            if self.policy is not None:
+                auxiliary = self.policy.auxiliary_loss(traces[-1])
+                added = added if auxiliary is None else added + auxiliary
+            loss = added if loss is None else loss + added
+        assert first is not None
+        assert loss is not None
+        return {"loss": loss, "logits": said(first, mask)}
 
-    def _distil(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+    def _loss(self, draw: Draw, outputs: Any, first: Any, batch: dict[str, Tensor]) -> Tensor:
+        """What one pass of the step adds to the loss."""
+        loss = said(outputs, batch.get("attention_mask")).new_zeros((), dtype=torch.float32)
+        if draw.label_weight:
+            if outputs.get("loss") is None:
+                raise OptionError(f"The stage {self.stage.name!r} learns from labels, but the batch has none.")
+            loss = loss + draw.label_weight * outputs["loss"]
+        if draw.distil_weight:
+            wanted = _detached(first) if draw.from_first else self._taught(batch)
+            loss = loss + draw.distil_weight * distillation_loss(
+                outputs, wanted, batch.get("attention_mask"), reverse=draw.reverse, sigmoid=self.sigmoid
+            )
+        return loss
+
+    def _taught(self, batch: dict[str, Tensor]) -> Any:
+        """What the teacher says of the batch."""
         teacher = self._teacher[0]
         if teacher.device != self.model.device:
             teacher.to(self.model.device)
         with torch.no_grad():
-            wanted = self._call(teacher, {k: v for k, v in batch.items() if k not in LABELS})
-        return distillation_loss(outputs, wanted, batch.get("attention_mask"))
+            return self._call(teacher, {k: v for k, v in batch.items() if k not in LABELS})
+
+
+def _detached(outputs: Any) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in outputs.items() if isinstance(value, Tensor)}

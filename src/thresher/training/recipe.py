@@ -15,16 +15,18 @@ import numpy as np
 from accelerate import PartialState
 
 from thresher import checkpoint
-from thresher.calibration import Calibration, Quality, calibrate
+from thresher.calibration import Calibration, Quality, agreement, calibrate
 from thresher.errors import OptionError, TargetError, nearest
+from thresher.frontier import Frontier
 from thresher.measure.run import run_packed
 from thresher.model import attach, attachment_of, find_encoder, policy_of, save, set_config
 from thresher.policy import PolicyConfig, Stage
+from thresher.training import frontiers
 from thresher.training.learner import stock_copy
+from thresher.training.resuming import begin, by_one, refuse_another_run
 from thresher.training.stages import run_stage, trains_on_cpu
 
 FIRST_GUESS = 2.0
-RUN = "fit.json"
 
 
 def fit(
@@ -41,6 +43,7 @@ def fit(
     fine_tune: bool = False,
     stages: tuple[Stage, ...] | None = None,
     overrides: Mapping[str, Any] | None = None,
+    search: Mapping[str, Any] | None = None,
     seed: int = 0,
     on_stage: Callable[[Stage], object] | None = None,
     on_start: Callable[[np.ndarray], object] | None = None,
@@ -56,6 +59,8 @@ def fit(
     stages: instead of the method's own. overrides: settings for every stage ({"epochs": 2}) or one
     ({"soft.learning_rate": 1e-4}). A run that was interrupted goes on where it stopped when called again with the same
     directory; OptionError if it was called with other settings there.
+    search: for a method that searches retention configurations on `validation` (ASE before it trains under them,
+        Length-Adaptive Transformer after): settings of `thresher.search.search`. The target then picks from the frontier.
     on_start: called once with the predictions on `validation` of the model that the method starts from (fine-tuned,
     nothing dropped): what gains and losses are counted from.
     notes: saved with the model (`attachment_of(model).notes`), e.g. what task it was trained for.
@@ -69,44 +74,67 @@ def fit(
     if fine_tune:
         plan = (Stage(name="fine-tune", mode="off"), *plan)
     plan = tuple(_override(stage, overrides or {}, plan) for stage in plan)
+    searches = policy_of(model).config.searches
     targeted = speedup is not None or max_loss is not None
-    if targeted and validation is None:
-        raise OptionError("A target needs validation rows to be met on; give validation=.")
+    if (targeted or searches) and validation is None:
+        what = "A target needs validation rows to be met on" if targeted else "A search needs validation rows"
+        raise OptionError(f"{what}; give validation=.")
+    if search and not searches:
+        raise OptionError(f"The method {policy_of(model).config.method!r} searches no retention configurations.")
     processes = PartialState(cpu=trains_on_cpu(arguments))
     settings = _settings(model, plan, rows, seed)
-    _refuse_another_run(work, settings)
-    _by_one(processes, lambda: _begin(work, settings))
-    teacher = reference = None
+    refuse_another_run(work, settings)
+    by_one(processes, lambda: begin(work, settings))
+    teacher = reference = frontier = None
     for number, stage in enumerate(plan, start=1):
         done = work / f"{number}-{stage.name}" / "done"
         if stage.distil_weight and teacher is None:  # also when this stage is done: later ones have it
             teacher = stock_copy(model)
-        wanted = max_loss is not None or on_start is not None
+        wanted = max_loss is not None or on_start is not None or searches
         if wanted and validation is not None and reference is None and stage.name != "fine-tune":
             reference = run_packed(model, validation).predictions
             if on_start:
                 on_start(reference)
+        if stage.mode == "hard" and searches == "before" and not stage.configurations:
+            frontier = _search(model, validation, quality, reference, work, search or {}, seed, processes)
+            frontier.at(speedup or 1.0)  # rather now than after hours of training
+            stage = dataclasses.replace(stage, configurations=frontier.configurations)
         if (done / checkpoint.SETTINGS).is_file():  # written last: the stage was saved whole
             _take_over(model, done)
             continue
-        if stage.mode == "hard" and validation is not None and targeted:
+        if stage.mode == "hard" and not searches and validation is not None and targeted:
             _first_drop(model, validation, speedup)
         if on_stage:
             on_stage(stage)
         run_stage(model, stage, rows, tokenizer, done.parent, teacher=teacher, seed=seed, **arguments)
-        _by_one(processes, partial(_keep, model, done))
-    if validation is not None and targeted:
+        by_one(processes, partial(_keep, model, done))
+    if searches and validation is not None and reference is not None:
+        judge = quality or agreement(reference, model)
+        if frontier is None:
+            frontier = _search(model, validation, quality, reference, work, search or {}, seed, processes)
+        else:
+            frontier = frontiers.measured(model, validation, judge, frontier)
+        frontiers.settle(model, frontier, speedup, None if max_loss is None else float(judge(reference)) - max_loss)
+    elif validation is not None and targeted:
         calibrate(model, validation, speedup=speedup, max_loss=max_loss, quality=quality, reference=reference)
-    _by_one(processes, lambda: _finish(model, tokenizer, directory, work))
+    by_one(processes, lambda: _finish(model, tokenizer, directory, work))
     return model
 
 
-def _by_one(processes: PartialState, write: Callable[[], object]) -> None:
-    """Let the main process write, once every other one is done with what was there, and the others wait for it."""
-    processes.wait_for_everyone()
-    if processes.is_main_process:
-        write()
-    processes.wait_for_everyone()
+def _search(
+    model: Any,
+    validation: Any,
+    quality: Quality | None,
+    reference: Any,
+    work: Path,
+    options: Mapping[str, Any],
+    seed: int,
+    processes: PartialState,
+) -> Frontier:
+    """The frontier of the model as it is now; made once, and only read by a run that goes on."""
+    judge = quality or agreement(reference, model)
+    by_one(processes, lambda: frontiers.searched(model, validation, judge, work, options, seed))
+    return frontiers.read(model, work)
 
 
 def _settings(model: Any, plan: tuple[Stage, ...], rows: datasets.Dataset, seed: int) -> dict[str, Any]:
@@ -121,23 +149,6 @@ def _settings(model: Any, plan: tuple[Stage, ...], rows: datasets.Dataset, seed:
         "seed": seed,
     }
     return json.loads(json.dumps(settings))  # type: ignore[no-any-return]
-
-
-def _refuse_another_run(work: Path, settings: dict[str, Any]) -> None:
-    file = work / RUN
-    if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        changed = [name for name in settings if before.get(name) != settings[name]]
-        if changed:
-            raise OptionError(
-                f"{work} holds an unfinished run with other settings ({', '.join(changed)}); remove it, or "
-                "give another directory."
-            )
-
-
-def _begin(work: Path, settings: dict[str, Any]) -> None:
-    work.mkdir(parents=True, exist_ok=True)
-    (work / RUN).write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
 
 def _keep(model: Any, done: Path) -> None:

@@ -20,7 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from thresher.errors import OptionError
 from thresher.model import attachment_of
-from thresher.policy import Stage
+from thresher.policy import Policy, Stage
 from thresher.training.learner import Learner
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -49,6 +49,16 @@ class _StageTrainer(Trainer):
         return self.optimizer
 
 
+class _AfterStep(TrainerCallback):
+    """Lets the policy keep its parameters inside their bounds."""
+
+    def __init__(self, policy: Policy[Any]) -> None:
+        self.policy = policy
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self.policy.after_step()
+
+
 def trains_on_cpu(arguments: Mapping[str, Any]) -> bool:
     """Where a stage runs: on the GPU where there is one, unless `use_cpu` says otherwise."""
     return bool(arguments.get("use_cpu", not torch.cuda.is_available()))
@@ -59,6 +69,31 @@ def bfloat16_is_fast(on_cpu: bool) -> bool:
     if not on_cpu:
         return bool(torch.cuda.is_bf16_supported())
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def training_arguments(
+    directory: str | Path, given: Mapping[str, Any], precision: Precision = "auto"
+) -> TrainingArguments:
+    """Settings for transformers.Trainer as every training here starts from: checkpoints in `directory`, nothing said to the
+    outside, bfloat16 where it is fast; `given` goes before these."""
+    on_cpu = trains_on_cpu(given)
+    options = {
+        "output_dir": str(directory),
+        "bf16": precision == "bfloat16" or (precision == "auto" and bfloat16_is_fast(on_cpu)),
+        "use_cpu": on_cpu,
+        "save_strategy": "steps",
+        "save_steps": 500,
+        "save_total_limit": 1,
+        "logging_steps": 50,
+        "report_to": [],
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": not on_cpu,
+        "log_level": "error",
+    }
+    settings = TrainingArguments(**{**options, **given})
+    # DataParallel would copy the hooks with the model; several GPUs are torchrun's.
+    settings._n_gpu = min(settings.n_gpu, 1)
+    return settings
 
 
 def run_stage(
@@ -100,37 +135,26 @@ def run_stage(
         parameter.requires_grad_(False)
     per_token = "labels" in rows.column_names and isinstance(rows[0]["labels"], list)
     collator = DataCollatorForTokenClassification if per_token else DataCollatorWithPadding
-    on_cpu = trains_on_cpu(arguments)
-    options = {
-        "output_dir": str(directory),
-        "num_train_epochs": stage.epochs,
-        "learning_rate": stage.learning_rate,
-        "per_device_train_batch_size": stage.batch_size,
-        "warmup_steps": stage.warmup,
-        "weight_decay": stage.weight_decay,
-        "bf16": precision == "bfloat16" or (precision == "auto" and bfloat16_is_fast(on_cpu)),
-        "use_cpu": on_cpu,
-        "save_strategy": "steps",
-        "save_steps": 500,
-        "save_total_limit": 1,
-        "logging_steps": 50,
-        "report_to": [],
-        "seed": seed,
-        "disable_tqdm": not progress,
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": not on_cpu,
-        "log_level": "error",
-    }
-    settings = TrainingArguments(**{**options, **arguments})
-    settings._n_gpu = min(
-        settings.n_gpu, 1
-    )  # DataParallel would copy the hooks with the model; several GPUs are torchrun's
+    settings = training_arguments(
+        directory,
+        {
+            "num_train_epochs": stage.epochs,
+            "learning_rate": stage.learning_rate,
+            "per_device_train_batch_size": stage.batch_size,
+            "warmup_steps": stage.warmup,
+            "weight_decay": stage.weight_decay,
+            "seed": seed,
+            "disable_tqdm": not progress,
+            **arguments,
+        },
+        precision,
+    )
     trainer = _StageTrainer(
         learner,
         settings,
         train_dataset=rows,
         data_collator=collator(tokenizer),
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, *([] if policy is None else [_AfterStep(policy)])],
     )
     trainer.remove_callback(PrinterCallback)  # it would print to standard output, which belongs to the caller
     last = get_last_checkpoint(str(directory)) if resume and Path(directory).is_dir() else None
