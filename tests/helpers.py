@@ -90,6 +90,7 @@ _CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
     "electra": _bert_like(transformers.ElectraConfig, embedding_size=24),
     "ernie": _bert_like(transformers.ErnieConfig, use_task_id=False),
     "modernbert": _modernbert,
+    "mpnet": _bert_like(transformers.MPNetConfig, pad_token_id=1, bos_token_id=CLS, eos_token_id=SEP),
     "roberta": _bert_like(transformers.RobertaConfig, **_ROBERTA_LIKE),
     "xlm-roberta": _bert_like(transformers.XLMRobertaConfig, **_ROBERTA_LIKE),
 }
@@ -97,6 +98,7 @@ FAMILIES = tuple(sorted(_CONFIGS))
 WITH_TYPES = ("albert", "bert", "electra", "ernie")
 WITH_SEGMENTS = tuple(f for f in FAMILIES if f != "distilbert")
 POST_NORM = tuple(f for f in FAMILIES if f != "modernbert")
+WITH_POSITION_BIAS = ("mpnet",)
 
 
 def config_of(family: str, layers: int = 3, **extra: Any) -> PretrainedConfig:
@@ -199,6 +201,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rising-threshold": {"threshold": 0.2},
     "relative-threshold": {"threshold": 0.4},
     "cascade-top-k": {"keep_rate": 0.3},
+    "power-bert": {"retention": (0.7, 0.5, 0.3)},  # keeps everything until it is trained
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -44,8 +44,12 @@ def naive(
     *,
     scale: float | None = None,
     window: int | None = None,
+    learned: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The context [T, H, d] and each row's probabilities [H, n, n], in float64, one scalar at a time where it matters."""
+    """The context [T, H, d] and each row's probabilities [H, n, n], in float64, one scalar at a time where it matters.
+
+    learned: [H, 2 * REACH + 1], added to a logit by how far the key stands behind the query.
+    """
     query, key, value = query.double(), key.double(), value.double()
     scale = scale if scale is not None else SIZE**-0.5
     positions = tokens.positions.tolist()
@@ -61,6 +65,8 @@ def naive(
                     logit = (query[h, i] * key[h, j]).sum() * scale
                     if tokens.log_weight is not None:
                         logit = logit + tokens.log_weight[j]
+                    if learned is not None:
+                        logit = logit + learned[h, REACH + positions[j] - positions[i]]
                     if window is not None and abs(positions[i] - positions[j]) > window:
                         logit = logit * 0 - math.inf
                     logits.append(logit)
@@ -74,6 +80,20 @@ def naive(
         out.append(context)
         start += n
     return torch.cat(out), maps
+
+
+REACH = 500
+
+
+def learned_bias(seed: int = 0) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """A table for `naive`, and the function for `attend` that reads it."""
+    table = torch.randn(HEADS, 2 * REACH + 1, generator=torch.Generator().manual_seed(seed)) * 2
+
+    def bias(positions: Tensor) -> Tensor:
+        apart = (positions[..., None, :] - positions[..., :, None]).long()
+        return torch.stack([row[REACH + apart] for row in table], -3)
+
+    return table, bias
 
 
 def close(got: Tensor | None, expected: Tensor, tolerance: float = 1e-5) -> None:
@@ -278,6 +298,88 @@ def test_blocks_from_the_log_sum_exp_are_the_blocks_of_the_map(lengths: Sequence
         close(evidence.blocks, expected)
     assert flash.mass is None
     assert plain.mass is not None
+
+
+EVERYTHING = Wanted(mass=True, diagonal=True, by_segment=True, block=4, full=True)
+
+
+@pytest.mark.parametrize("wanted", [Wanted(), Wanted(mass=True), EVERYTHING], ids=["nothing", "mass", "everything"])
+@pytest.mark.parametrize("window", [None, 4], ids=["global", "window"])
+@pytest.mark.parametrize("weights", [False, True], ids=["plain", "log_weight"])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_a_position_bias_is_added_to_the_logits_by_original_positions(
+    lengths: Sequence[int], weights: bool, window: int | None, wanted: Wanted
+) -> None:
+    tokens = halved(packed(lengths, gaps=2))
+    tokens = weighted(tokens) if weights else tokens
+    q, k, v = qkv(tokens)
+    table, bias = learned_bias()
+    context, evidence = attend(q, k, v, tokens, window=window, wanted=wanted, position_bias=bias)
+    expected, maps = naive(q, k, v, tokens, window=window, learned=table)
+    close(context, expected)
+    loops = evidence_by_loops(maps, tokens, 4)
+    for name in ("mass", "diagonal", "by_segment", "blocks"):
+        if getattr(evidence, name) is not None:
+            close(getattr(evidence, name), loops[name])
+    if wanted.full:
+        assert evidence.full is not None
+        for got, probabilities in zip(evidence.full, maps, strict=True):
+            close(got, probabilities)
+    if max(lengths) > 1 and window is None:
+        assert float((attend(q, k, v, tokens)[0] - context).abs().max()) > 0.05
+
+
+@pytest.mark.parametrize("wanted", [Wanted(), Wanted(mass=True)], ids=["nothing", "mass"])
+@pytest.mark.parametrize("lengths", [RAGGED, EQUAL], ids=str)
+def test_a_position_bias_learns(lengths: Sequence[int], wanted: Wanted) -> None:
+    tokens = packed(lengths)
+    q, k, v = (x.requires_grad_() for x in qkv(tokens))
+    pull = torch.randn(len(tokens.positions), HEADS, SIZE, generator=torch.Generator().manual_seed(9))
+    table, bias = learned_bias()
+    table.requires_grad_()
+    context, evidence = attend(q, k, v, tokens, wanted=wanted, position_bias=bias)
+    expected, maps = naive(q, k, v, tokens, learned=table)
+    loss, reference = (context * pull).sum(), (expected * pull).sum()
+    if wanted.mass:
+        assert evidence.mass is not None
+        loss = loss + (evidence.mass * pull[:, 0, 0]).sum()
+        reference = reference + (torch.cat([a.mean((0, 1)) for a in maps]) * pull[:, 0, 0]).sum()
+    for mine, other in zip(
+        torch.autograd.grad(loss, (table, q, k, v)), torch.autograd.grad(reference, (table, q, k, v)), strict=True
+    ):
+        assert other.abs().sum() > 0
+        close(mine, other, tolerance=2e-5)
+
+
+def test_a_simulated_drop_under_a_position_bias() -> None:
+    hidden, gone = halved(packed(RAGGED, simulated=True)), halved(packed(RAGGED))
+    q, k, v = qkv(hidden)
+    assert hidden.alive is not None
+    alive = hidden.alive
+    _, bias = learned_bias()
+    for wanted in (Wanted(), Wanted(mass=True, diagonal=True, by_segment=True)):
+        got, evidence = attend(q, k, v, hidden, wanted=wanted, position_bias=bias)
+        expected, there = attend(q[:, alive], k[:, alive], v[:, alive], gone, wanted=wanted, position_bias=bias)
+        close(got[alive], expected)
+        for name in ("mass", "diagonal", "by_segment"):
+            if getattr(there, name) is not None:
+                close(getattr(evidence, name)[alive], getattr(there, name))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_long_rows_under_a_position_bias(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = packed((230, 7, 460))
+    q, k, v = qkv(tokens)
+    _, bias = learned_bias()
+    wanted = Wanted(mass=True, diagonal=True, by_segment=True, block=32)
+    learning = q.clone().requires_grad_()  # takes the way on which all heads of a row stand in memory at once
+    expected, there = attend(learning, k, v, tokens, wanted=wanted, position_bias=bias)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    context, evidence = attend(q, k, v, tokens, wanted=wanted, position_bias=bias)
+    close(context, expected)
+    close(attend(q, k, v, tokens, position_bias=bias)[0], expected)
+    for name in ("mass", "diagonal", "by_segment", "blocks"):
+        close(getattr(evidence, name), getattr(there, name))
 
 
 def test_nothing_wanted_nothing_given() -> None:

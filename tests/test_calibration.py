@@ -167,10 +167,10 @@ def test_without_a_quality_answers_are_compared(rows: Any) -> None:
 
 def test_agreement_of_single_values_is_the_share_of_variance() -> None:
     packed = np.array([[0.0], [1.0], [2.0]])
-    judge = calibration._agreement(packed, make("bert", "base"))
+    judge = calibration.agreement(packed, make("bert", "base"))
     assert judge(packed) == 1.0
     assert judge(packed + 0.5) == pytest.approx(1 - 0.25 / (2 / 3))
-    classes = calibration._agreement(np.array([[1.0, 0.0], [0.0, 1.0]]), make("bert"))
+    classes = calibration.agreement(np.array([[1.0, 0.0], [0.0, 1.0]]), make("bert"))
     assert classes(np.array([[2.0, 0.0], [3.0, 1.0]])) == 0.5
 
 

@@ -26,7 +26,19 @@ from thresher.errors import OptionError
 from thresher.model import attachment_of
 from thresher.training import stages
 
-COMMANDS = ("fit", "calibrate", "quantize", "evaluate", "bench", "predict", "explain", "export", "methods", "demo")
+COMMANDS = (
+    "fit",
+    "calibrate",
+    "search",
+    "quantize",
+    "evaluate",
+    "bench",
+    "predict",
+    "explain",
+    "export",
+    "methods",
+    "demo",
+)
 QUICK = ("--stage", "epochs=1", "--stage", "batch_size=32", "--precision", "float32")
 
 
@@ -295,6 +307,7 @@ def test_explain_says_what_was_cut(place: Path) -> None:
 RUN_A_MODEL = {
     "fit": ("clf", "rows.jsonl", "--out", "o"),
     "calibrate": ("fitted", "rows.jsonl", "--speedup", "1.2"),
+    "search": ("fitted", "rows.jsonl"),
     "evaluate": ("fitted", "rows.jsonl"),
     "bench": ("fitted", "rows.jsonl"),
     "predict": ("fitted", "--text", "w5"),

@@ -23,12 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import test_attention as base
 import thresher
-from helpers import FAMILIES, LENGTHS, alone, batch, make, outputs_of, settings, worst
+from helpers import FAMILIES, LENGTHS, WITH_POSITION_BIAS, alone, batch, make, outputs_of, settings, worst
 from helpers import HEADS as HEADS_OF_MODELS
 from test_attention import EQUAL, HEADS, RAGGED, close, evidence_by_loops, halved, naive, packed, qkv, weighted
 from thresher import attention, cuda
 from thresher import packed as packed_module
 from thresher.attention import Wanted, attend
+from thresher.backbones.mpnet import FARTHEST, DistanceBias
 from thresher.cuda import mass, padded, varlen
 from thresher.errors import DataError, OptionError
 from thresher.methods import CONFIGS
@@ -211,6 +212,43 @@ def test_few_rows_at_a_time_are_the_same(
     assert len(padded.Padding(tokens.layout).parts(81 * HEADS)) == 4
 
 
+@lengths
+@weights
+@pytest.mark.parametrize("window", [None, 4], ids=["global", "window"])
+@pytest.mark.parametrize("wanted", [Wanted(), ALL, base.EVERYTHING], ids=["nothing", "evidence", "everything"])
+def test_position_bias(gpu: str, lengths: Any, weights: bool, window: int | None, wanted: Wanted) -> None:
+    base.test_a_position_bias_is_added_to_the_logits_by_original_positions(lengths, weights, window, wanted)
+
+
+@pytest.mark.parametrize("wanted", [Wanted(), MASS], ids=["nothing", "mass"])
+@pytest.mark.parametrize("lengths", [RAGGED, EQUAL], ids=str)
+def test_position_bias_learns_and_sees_no_dropped_token(gpu: str, lengths: Any, wanted: Wanted) -> None:
+    base.test_a_position_bias_learns(lengths, wanted)
+    base.test_a_simulated_drop_under_a_position_bias()
+
+
+def test_the_padded_way_with_a_position_bias_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Called directly; each head has logits of its own even where nobody asks for sums."""
+    tokens = halved(packed(RAGGED))
+    q, k, v = qkv(tokens)
+    table, bias = base.learned_bias()
+    asked: list[tuple[int, ...]] = []
+
+    def watched(positions: Tensor) -> Tensor:
+        asked.append(tuple(positions.shape))
+        return bias(positions)
+
+    expected, _ = naive(q, k, v, tokens, scale=0.3, learned=table)
+    rows, longest = len(tokens.layout.sizes), max(tokens.layout.sizes)
+    for largest, calls in ((2**26, [(rows, longest)]), (HEADS * longest**2, [(1, longest)] * rows)):
+        asked.clear()
+        monkeypatch.setattr(padded, "LARGEST", largest)
+        context, sums, own = cuda.attend_padded(q, k, v, tokens, 0.3, 0.0, None, None, False, watched)
+        close(context, expected)
+        assert asked == calls
+        assert sums is own is None
+
+
 def places(tokens: PackedTokens) -> tuple[Tensor, list[int]]:
     return tokens.positions, tokens.layout.sizes
 
@@ -249,6 +287,7 @@ CASES: dict[str, tuple[bool, dict[str, Any]]] = {
     "learning, evidence selects": (True, {"learning": True, "wanted": Wanted(mass=True, detached=True)}),
     "blocks": (False, {"wanted": Wanted(block=4)}),
     "maps": (False, {"wanted": Wanted(full=True)}),
+    "position bias": (False, {"position_bias": base.learned_bias()[1]}),
     "no kernel": (False, {"function": None}),
     "old torch": (True, {"function": without_options("scale", "window_size")}),
     "old torch, window": (False, {"function": without_options("window_size"), "window": 2}),
@@ -267,7 +306,7 @@ def test_the_way_that_is_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     shape = (HEADS, len(tokens.positions), case.get("heads", 8))
     dtype, learning = case.get("dtype", torch.bfloat16), case.get("learning", False)
     q, k, v = (torch.randn(shape, generator=generator).to(dtype).requires_grad_(learning) for _ in range(3))
-    options = {key: case[key] for key in ("window", "dropout", "scale", "wanted") if key in case}
+    options = {key: case[key] for key in ("window", "dropout", "scale", "wanted", "position_bias") if key in case}
     context, evidence = attend(q, k, v, tokens, **options)
     assert len(calls) == int(flash)
     assert context.shape == (len(tokens.positions), HEADS, shape[-1])
@@ -279,7 +318,7 @@ def test_the_way_that_is_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     if learning:
         assert context.requires_grad
         assert evidence.mass is None or evidence.mass.requires_grad == (not case["wanted"].detached)
-    if "dropout" not in case and tokens.log_weight is None:
+    if not {"dropout", "position_bias"} & set(case) and tokens.log_weight is None:
         scale = case.get("scale", shape[-1] ** -0.5)
         maps, _ = softmax(q.detach(), k.detach(), *places(tokens), scale, case.get("window"))
         values = v.detach().double().split(tokens.layout.sizes, 1)
@@ -500,6 +539,26 @@ def test_attention_reads_no_value_of_a_tensor(
     assert len(calls) == (dtype is torch.bfloat16 and window != 3)
 
 
+@pytest.mark.parametrize("wanted", [Wanted(), ALL], ids=["nothing", "evidence"])
+@pytest.mark.parametrize("sizes", [[9, 1, 14, 5], [8, 8], [7]], ids=str)
+def test_a_bias_by_distance_reads_no_value_of_a_tensor(
+    sizes: list[int], wanted: Wanted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, function=None)
+    with FakeTensorMode(), torch.no_grad():
+        total, rows = sum(sizes), len(sizes)
+        one = torch.ones(total, dtype=torch.int64)
+        lengths = torch.ones(rows, dtype=torch.int64)
+        layout = Layout(lengths, one, one, one.bool(), lengths.clone(), 20).knowing(sizes)
+        q, k, v = (torch.ones(4, total, 16) for _ in range(3))
+        bias = DistanceBias(torch.ones(4, 2 * FARTHEST + 1))
+        context, evidence = attend(
+            q, k, v, PackedTokens(torch.ones(total, 4), layout), wanted=wanted, position_bias=bias
+        )
+        assert context.shape == (total, 4, 16)
+        assert (evidence.mass is not None) == bool(wanted)
+
+
 WAITS = ("nonzero.", "bincount", "_local_scalar_dense", "equal.default", "masked_select", "is_nonzero", "_unique")
 
 
@@ -632,7 +691,7 @@ def test_dropping_is_what_it_is_on_the_cpu(family: str, policy: Any, monkeypatch
         with tracing() as here:
             assert worst(expected, outputs_of(model, inputs)) <= CLOSE
         assert here[0].reads == there[0].reads
-        assert bool(calls) == (function is not None)
+        assert bool(calls) == (function is not None and family not in WITH_POSITION_BIAS)
         with thresher.simulated_drops():
             assert worst(expected, outputs_of(model, inputs)) <= CLOSE
         start = 0
@@ -676,7 +735,7 @@ def test_half_precision_stays_near(family: str, monkeypatch: pytest.MonkeyPatch)
     calls = pretend(monkeypatch, half=True)
     with thresher.keep_everything():
         near = worst(stock, outputs_of(model, inputs))
-    assert len(calls) == 3
+    assert len(calls) == (0 if family in WITH_POSITION_BIAS else 3)
     assert near <= 0.25 * max(float(stock["logits"].float().std()), 1.0)
     assert outputs_of(model, inputs)["logits"].dtype == torch.bfloat16
 

@@ -63,7 +63,7 @@ def test_dropping(family: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", sorted(CONFIGS))
-@pytest.mark.parametrize("family", ["bert", "distilbert", "albert", "modernbert"])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "albert", "modernbert", "mpnet"])
 def test_the_methods_own_work_is_counted_too(family: str, method: str) -> None:
     """Attention mass is a matrix-vector product, which torch counts as well."""
     model, inputs = thresher.attach(poolerless(family), settings(CONFIGS[method])), batch(family)

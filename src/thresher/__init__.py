@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from thresher.methods.retention import AttentionMass, CascadeTopK, FirstTokens, LastTokens, RandomTokens
     from thresher.model import attach, detach, load, policy_of, quantize, save, set_config, set_speedup, validate
     from thresher.policy import Stage, retaining, tracing
-    from thresher.search import search
+    from thresher.searching import search
     from thresher.training import fit, post_train
 
 __version__ = "0.1.0"
@@ -41,7 +41,7 @@ _HOME = {
     "methods.retention": ("AttentionMass", "CascadeTopK", "FirstTokens", "LastTokens", "RandomTokens"),
     "model": ("attach", "detach", "load", "policy_of", "quantize", "save", "set_config", "set_speedup", "validate"),
     "policy": ("Stage", "retaining", "tracing"),
-    "search": ("search",),
+    "searching": ("search",),
     "training": ("fit", "post_train"),
 }
 # What a missing package is installed with.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,8 @@ class Wanted:
 
 
 NOTHING = Wanted()
+
+PositionBias = Callable[[Tensor], Tensor]  # original positions [..., n] → [..., H, n, n]
 
 
 @dataclass(frozen=True)
@@ -85,21 +87,23 @@ def attend(
     dropout: float = 0.0,
     window: int | None = None,
     wanted: Wanted = NOTHING,
+    position_bias: PositionBias | None = None,
 ) -> tuple[Tensor, Evidence]:
     """Each row attends to itself.
 
     query, key, value: [H, T, d]. window: tokens farther apart than this in *original* positions do not see each other.
+    position_bias: what is added to a row's logits, from its tokens' original positions; called for some rows at a time.
     Returns the context [T, H, d] and the evidence wanted (float32).
     """
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     layout = tokens.layout
     if on_cuda(query) and not (wanted.block or wanted.full):
-        return _on_cuda(query, key, value, tokens, scale, dropout, window, wanted)
-    plain = tokens.log_weight is None and window is None
+        return _on_cuda(query, key, value, tokens, scale, dropout, window, wanted, position_bias)
+    plain = tokens.log_weight is None and window is None and position_bias is None
     alike = len(set(layout.sizes)) == 1
     if plain and not wanted and alike and not heads_apart(query, layout.sizes[0], probabilities=False):
         return _equal_lengths(query, key, value, layout, scale, dropout), NO_EVIDENCE
-    return _row_by_row(query, key, value, tokens, scale, dropout, window, wanted)
+    return _row_by_row(query, key, value, tokens, scale, dropout, window, wanted, position_bias)
 
 
 def _on_cuda(
@@ -111,14 +115,15 @@ def _on_cuda(
     dropout: float,
     window: int | None,
     wanted: Wanted,
+    position_bias: PositionBias | None,
 ) -> tuple[Tensor, Evidence]:
     """Flash attention, and evidence from its log-sum-exp, wherever both are exact; else padded, in a few large operations."""
     layout = tokens.layout
     if window is not None and layout.width - 1 <= window:
         window = None  # it reaches every token of the widest row
-    plain = tokens.log_weight is None and dropout == 0.0
+    unbiased = tokens.log_weight is None and position_bias is None
     teaches = not wanted.detached and torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-    flash = plain and not (wanted and teaches) and cuda.fits(query, scale, window)
+    flash = unbiased and dropout == 0.0 and not (wanted and teaches) and cuda.fits(query, scale, window)
     if flash and (window is None or layout.unbroken):  # the kernel counts a window in places of the batch
         context, lse = cuda.flash(query, key, value, layout, scale, window)
         if not wanted:
@@ -127,10 +132,12 @@ def _on_cuda(
             query, key, lse, tokens, scale, window=window, diagonal=wanted.diagonal, by_segment=wanted.by_segment
         )
         return context, _only(wanted, found)
-    if not wanted and window is None and tokens.log_weight is None and len(set(layout.sizes)) == 1:
+    if not wanted and window is None and unbiased and len(set(layout.sizes)) == 1:
         return _equal_lengths(query, key, value, layout, scale, dropout), NO_EVIDENCE
     weights = cuda.query_weights(tokens, wanted.by_segment) if wanted else None
-    context, sums, own = cuda.attend_padded(query, key, value, tokens, scale, dropout, window, weights, wanted.diagonal)
+    context, sums, own = cuda.attend_padded(
+        query, key, value, tokens, scale, dropout, window, weights, wanted.diagonal, position_bias
+    )
     if weights is None or sums is None:
         return context, NO_EVIDENCE
     return context, _only(wanted, cuda.means(sums, own, weights, layout, len(query)))
@@ -162,12 +169,13 @@ def _row_by_row(
     dropout: float,
     window: int | None,
     wanted: Wanted,
+    position_bias: PositionBias | None,
 ) -> tuple[Tensor, Evidence]:
     gathered = _Gathered(wanted)
     outputs = []
     constant = dropout == 0.0 and not (torch.is_grad_enabled() and query.requires_grad) and not being_exported()
     for q, k, v, row in _rows(query, key, value, tokens):
-        bias = _bias(row, window, q.dtype)
+        bias = _bias(row, window, position_bias, q.dtype)
         read = gathered.row(row) if wanted else None
         if constant and not wanted.full and heads_apart(q, q.shape[1], probabilities=bool(wanted)):
             out = attend_by_head(q, k, v, scale, bias, None if read is None else read.heads)
@@ -175,7 +183,7 @@ def _row_by_row(
             out, probabilities = _materialised(q, k, v, bias, scale, dropout)
             read.heads(probabilities)
         else:
-            mask = None if bias is None else bias.expand(1, 1, q.shape[1], q.shape[1])
+            mask = None if bias is None else bias.expand(bias.shape[0], q.shape[1], q.shape[1]).unsqueeze(0)
             out = F.scaled_dot_product_attention(
                 q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), attn_mask=mask, dropout_p=dropout, scale=scale
             ).squeeze(0)
@@ -228,8 +236,8 @@ def _materialised(
     return torch.bmm(weights.to(v.dtype), v), probabilities
 
 
-def _bias(row: _Row, window: int | None, dtype: torch.dtype) -> Tensor | None:
-    """[1 or n, n] to add to one row's attention logits."""
+def _bias(row: _Row, window: int | None, position_bias: PositionBias | None, dtype: torch.dtype) -> Tensor | None:
+    """[1 or H, 1 or n, n] to add to one row's attention logits."""
     bias = None
     if row.log_weight is not None:
         bias = row.log_weight.to(dtype).unsqueeze(0)
@@ -243,7 +251,10 @@ def _bias(row: _Row, window: int | None, dtype: torch.dtype) -> Tensor | None:
         # nobody reads what it then computes.
         lonely = torch.isinf(bias).all(-1)
         bias = torch.where(lonely.unsqueeze(1) & (apart == 0), 0.0, bias)
-    return bias
+    if position_bias is None:
+        return None if bias is None else bias.unsqueeze(0)
+    by_head = position_bias(row.positions).to(dtype)
+    return by_head if bias is None else by_head + bias
 
 
 class _Gathered:
@@ -296,7 +307,7 @@ class _RowEvidence:
         if wanted.diagonal:
             self._add(self.diagonals, probabilities.diagonal(dim1=1, dim2=2).sum(0))
         if wanted.by_segment:
-            self._add(self.queried, self._queries(probabilities.dtype) @ probabilities.sum(0))
+            self._add(self.queried, _segment_sums(probabilities, self._queries(probabilities.dtype)))
         if wanted.block:
             self.tiles.append(_diagonal_blocks(probabilities, wanted.block))
         if wanted.full:
@@ -338,6 +349,13 @@ def _column_sum(probabilities: Tensor, alive: Tensor | None) -> Tensor:
         return (probabilities * weights.unsqueeze(2)).sum((0, 1))
     # One matrix-vector product over the [h * n, n] view: the cheapest column sum on every device.
     return weights.reshape(-1) @ probabilities.reshape(-1, probabilities.shape[-1])
+
+
+def _segment_sums(probabilities: Tensor, queries: Tensor) -> Tensor:
+    """[2, n], for the queries of each segment ([2, n] of ones and zeros) the sum over heads of [h, n, n] float32."""
+    if torch.is_autocast_enabled(probabilities.device.type):
+        return (probabilities.sum(0) * queries.unsqueeze(2)).sum(1)
+    return queries.repeat(1, len(probabilities)) @ probabilities.reshape(-1, probabilities.shape[-1])
 
 
 def _diagonal_blocks(probabilities: Tensor, size: int) -> Tensor:

@@ -38,7 +38,7 @@ def attend_by_head(
 ) -> Tensor:
     """One row's attention without gradients.
 
-    query, key, value: [H, n, d] float32. bias: [1 or n, n], added to every head's logits. on_heads: called with the
+    query, key, value: [H, n, d] float32. bias: [1 or H, 1 or n, n], added to the logits. on_heads: called with the
     probabilities [h, n, n] of some heads after others, which it may read but not keep.
     Returns the context [H, n, d].
     """
@@ -50,7 +50,7 @@ def attend_by_head(
         heads = slice(start, start + together)
         logits = times(query[heads], key[heads])
         if bias is not None:
-            logits += bias
+            logits += bias[heads] if len(bias) > 1 else bias
         probabilities = torch.softmax(logits, -1)
         if on_heads is not None:
             on_heads(probabilities)

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -15,18 +15,20 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
 
 from thresher.attention import NO_EVIDENCE, NOTHING, Evidence, Wanted, attend
-from thresher.backbones import Entrance
+from thresher.backbones import Entrance, Instead
 from thresher.errors import OptionError
 from thresher.linears import FastLinear, Precision, has_onednn
 from thresher.packed import PackedTokens, being_exported
-from thresher.policy import Point, Policy, Trace, new_trace
+from thresher.policy import Point, Policy, Trace, new_trace, retained
+from thresher.protection import protected_tokens
 from thresher.timing import mark
 
 INTERFACE = "thresher"
+OWN_CODE = "thresher-own-code"  # the same for families off the interface, whose own code adds its mask to the logits
 
 _current: ContextVar[Pass | None] = ContextVar("thresher_pass", default=None)
 _bypassed: ContextVar[bool] = ContextVar("thresher_bypassed", default=False)
@@ -44,7 +46,8 @@ def _set(variable: ContextVar[bool]) -> Iterator[None]:
 
 
 def stock() -> contextlib.AbstractContextManager[None]:
-    """Inside this block attached models run as Hugging Face wrote them: padded (with SDPA attention), nothing dropped.
+    """Inside this block attached models run as Hugging Face wrote them: padded, with SDPA attention where the family has it,
+    nothing dropped.
 
     Like the blocks below it holds for this thread's context; carry it into a pool with contextvars.copy_context().run.
     """
@@ -74,7 +77,10 @@ class Pass:
         self.segments = segments
         self.protected = protected
         self.carry = engine.entrance.fill == "carry"
+        self.position_bias = None if engine.entrance.position_bias is None else engine.entrance.position_bias()
         self.simulated = _simulated.get()
+        drawn = retained() if self.policy is not None else None
+        self._skip = drawn.skip if drawn is not None else ()
         self._exporting = being_exported()
         self.trace: Trace = new_trace()
         self.layer = 0
@@ -103,7 +109,7 @@ class Pass:
             tokens = self.tokens.with_hidden(hidden[0])
         self.tokens = tokens
         self.evidence = NO_EVIDENCE
-        tokens = self.act(Point.BEFORE_LAYER, tokens)
+        tokens = self._entered = self.act(Point.BEFORE_LAYER, tokens)
         self.wanted = self.policy.wants(self.layer) if self.policy else NOTHING
         self._reads_attention = tokens.lengths.tolist() if self.simulated else tokens.layout.sizes
         self._reads_feed_forward = self._reads_attention
@@ -128,6 +134,10 @@ class Pass:
 
     def end_layer(self, hidden: Tensor, *, also_after_attention: bool) -> PackedTokens:
         assert self.tokens is not None
+        if self.layer in self._skip:  # computed and thrown away: only training leaves layers out
+            self.tokens, reads = self._entered, [0] * len(self._reads_attention)
+            self.trace.reads.append((reads, reads))
+            return self.tokens
         tokens = self.tokens.with_hidden(hidden[0])
         if also_after_attention:
             tokens = self.act(Point.AFTER_ATTENTION, tokens)
@@ -164,7 +174,9 @@ class Engine:
 
     def install(self) -> None:
         entrance, base = self.entrance, self.entrance.base
-        self.model.set_attn_implementation(INTERFACE)
+        self._set_implementation(OWN_CODE if entrance.instead else INTERFACE)
+        for one in entrance.instead:
+            setattr(one.module, one.name, partial(_instead, one))
         # The instance's forward rather than a hook: sentence-transformers calls model.forward itself.
         base.forward = functools.update_wrapper(partial(_run, self), base.forward)  # type: ignore[method-assign]
         for layer, midpoint in zip(entrance.layers, entrance.midpoints, strict=True):
@@ -175,6 +187,12 @@ class Engine:
         if entrance.tail is not None:
             self.handles.append(entrance.tail.register_forward_hook(self.on_tail))
         self.set_precision(self.precision)
+
+    def _set_implementation(self, name: str) -> None:
+        if self.entrance.instead:  # transformers' method warns and does nothing
+            self.model.config._attn_implementation = name
+        else:
+            self.model.set_attn_implementation(name)
 
     def set_precision(self, precision: Precision) -> None:
         """How the layers' linear layers are computed during a pass."""
@@ -201,7 +219,9 @@ class Engine:
             handle.remove()
         self.handles.clear()
         del self.entrance.base.forward
-        self.model.set_attn_implementation(self.stock_implementation)
+        for one in self.entrance.instead:
+            delattr(one.module, one.name)
+        self._set_implementation(self.stock_implementation)
 
     def start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass | None:
         """The pass for one call of the encoder with these arguments; None when it is to run as stock."""
@@ -233,11 +253,16 @@ class Engine:
                 f"An attached model takes an attention mask of shape [batch, tokens], not {list(mask.shape)}."
             )
         segments = given.get("token_type_ids")
-        if segments is None and ids is not None and self.entrance.segment_end is not None:
-            ends = ids == self.entrance.segment_end
-            segments = ((ends.cumsum(1) - ends.long()) > 0).long()
+        named = None if self.policy is None else self.policy.config.segment_end
+        end = named or self.entrance.segment_end
+        if segments is None and ids is not None and end is not None:
+            ends = (ids == end).long()
+            segments = (ends.cumsum(1) - ends > 0).long()
         self._follow(like.device)
-        return Pass(self, mask, segments, self._protected(ids, segments))
+        protected = None
+        if self.policy is not None and self.policy.mode != "off" and not _keeping.get():
+            protected = protected_tokens(self.policy.config, ids, segments)
+        return Pass(self, mask, segments, protected)
 
     def _follow(self, device: torch.device) -> None:
         """The policy is no submodule of the model, so model.to(device) does not move it."""
@@ -245,25 +270,6 @@ class Engine:
             one = next(itertools.chain(self.policy.parameters(), self.policy.buffers()), None)
             if one is not None and one.device != device:
                 self.policy.to(device)
-
-    def _protected(self, ids: Tensor | None, segments: Tensor | None) -> Tensor | None:
-        if self.policy is None or self.policy.mode == "off" or _keeping.get():
-            return None
-        config = self.policy.config
-        protected = None
-        if config.protect_ids:
-            if ids is None:
-                raise OptionError("protect_ids needs input_ids; this call gives inputs_embeds, which name no tokens.")
-            protected = _any_of(ids, config.protect_ids)
-        if config.protect_segments:
-            if segments is None:
-                raise OptionError(
-                    "protect_segments needs token_type_ids, which this call does not give (DistilBERT has none); pass "
-                    "them, or protect tokens by protect_ids."
-                )
-            inside = _any_of(segments, config.protect_segments)
-            protected = inside if protected is None else protected | inside
-        return protected
 
     def on_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         now = _current.get()
@@ -330,9 +336,11 @@ def _linear(fast: FastLinear, x: Tensor) -> Tensor:
     return out
 
 
-def _any_of(values: Tensor, wanted: tuple[int, ...]) -> Tensor:
-    """Whether each value is one of `wanted` (torch.isin, in operators that also export)."""
-    return (values.unsqueeze(-1) == torch.tensor(wanted, device=values.device)).any(-1)
+def _instead(one: Instead, *args: Any, **kwargs: Any) -> Any:
+    """A method of a family off the attention interface: its own outside a pass."""
+    if _current.get() is None:
+        return getattr(type(one.module), one.name)(one.module, *args, **kwargs)
+    return one.function(one.module, _attention, *args, **kwargs)
 
 
 def _gather_rotary(table: Tensor, tokens: PackedTokens) -> Tensor:
@@ -371,15 +379,17 @@ def _attention(
         dropout=dropout,
         window=window,
         wanted=now.wanted,
+        position_bias=now.position_bias,
     )
     mark("attention")
     return context.unsqueeze(0), None
 
 
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+def _mask(stock_mask: Callable[..., Tensor | None], *args: Any, **kwargs: Any) -> Tensor | None:
     """During a packed pass nobody needs a padded mask; otherwise the stock one."""
-    return None if _current.get() is not None else sdpa_mask(*args, **kwargs)
+    return None if _current.get() is not None else stock_mask(*args, **kwargs)
 
 
-AttentionInterface.register(INTERFACE, _attention)
-AttentionMaskInterface.register(INTERFACE, _mask)
+for _name, _stock_mask in ((INTERFACE, sdpa_mask), (OWN_CODE, eager_mask)):
+    AttentionInterface.register(_name, _attention)
+    AttentionMaskInterface.register(_name, partial(_mask, _stock_mask))

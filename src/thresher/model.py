@@ -16,6 +16,7 @@ from thresher import checkpoint
 from thresher.backbones import enter
 from thresher.engine import Engine, keep_everything, stock
 from thresher.errors import OptionError, ThresherError, UnsupportedModelError
+from thresher.frontier import configured, frontier_of
 from thresher.linears import check_int8
 from thresher.methods import build, config_class
 from thresher.policy import Policy, PolicyConfig
@@ -139,6 +140,16 @@ def set_config(model: Any, config: PolicyConfig) -> None:
     attachment.policy = attachment.engine.policy = policy
 
 
+def set_speedup(model: Any, speedup: float) -> None:
+    """Set the attached policy to the point of the model's frontier (see `thresher.search`) that keeps the most quality among
+    those with at least this FLOPs speedup.
+
+    Raises TargetError when the model has no frontier, or its frontier no such point.
+    """
+    found = frontier_of(attachment_of(model).notes)
+    set_config(model, configured(policy_of(model).config, found.at(speedup).retention))
+
+
 def _save_pretrained(encoder: PreTrainedModel, save_directory: Any, **options: Any) -> None:
     attachment = attachment_of(encoder)
     write_plain = partial(type(encoder).save_pretrained, encoder, **options)
@@ -160,11 +171,13 @@ def save(model: Any, directory: Any) -> None:
         model.save_pretrained(str(staging))
 
 
-def load(directory: Any, *, device: str | torch.device | None = None) -> Any:
+def load(directory: Any, *, device: str | torch.device | None = None, speedup: float | None = None) -> Any:
     """The model that save_pretrained wrote, policy attached, in eval mode: of the class that was saved (also a
     SentenceTransformer or CrossEncoder).
 
-    Raises CheckpointError, saying which file is missing, corrupted or belongs to another model.
+    speedup: the point of its frontier to run at, see `set_speedup`; None: as it was saved.
+    Raises CheckpointError, saying which file is missing, corrupted or belongs to another model; TargetError for a speedup that
+    its frontier does not reach.
     """
     saved = checkpoint.read(directory)
     model = saved.load_plain(device)
@@ -176,6 +189,8 @@ def load(directory: Any, *, device: str | torch.device | None = None) -> Any:
     attachment.notes.update(saved.notes)
     if attachment.policy is not None:
         saved.load_policy(attachment.policy)
+    if speedup is not None:
+        set_speedup(model, speedup)
     return model
 
 

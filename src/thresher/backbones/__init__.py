@@ -7,8 +7,9 @@ from collections.abc import Callable
 from torch import nn
 from transformers import PreTrainedModel
 
-from thresher.backbones.general import Entrance, enter_general
+from thresher.backbones.general import Entrance, Instead, enter_general
 from thresher.backbones.modernbert import enter_modernbert
+from thresher.backbones.mpnet import enter_mpnet
 from thresher.errors import UnsupportedModelError
 
 FAMILIES: dict[str, Callable[[PreTrainedModel], Entrance]] = {
@@ -19,6 +20,7 @@ FAMILIES: dict[str, Callable[[PreTrainedModel], Entrance]] = {
     "electra": enter_general,
     "ernie": enter_general,
     "modernbert": enter_modernbert,
+    "mpnet": enter_mpnet,
     "roberta": enter_general,
     "xlm-roberta": enter_general,
 }
@@ -43,4 +45,4 @@ def enter(model: nn.Module) -> Entrance:
     return FAMILIES[family](model)
 
 
-__all__ = ["FAMILIES", "Entrance", "enter"]
+__all__ = ["FAMILIES", "Entrance", "Instead", "enter"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from thresher.errors import UnsupportedModelError
@@ -25,6 +27,19 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class Instead:
+    """A method of one of the model's modules, and what a pass runs in its place.
+
+    function: called with the module, a function that takes what transformers' attention interface takes, and the method's
+    own arguments. It and all it holds can be copied and pickled.
+    """
+
+    module: nn.Module
+    name: str
+    function: Callable[..., Any]
+
+
+@dataclass(frozen=True)
 class Entrance:
     """Where the engine enters a model.
 
@@ -33,6 +48,9 @@ class Entrance:
     reads and which may be shortened (post-norm families), or None. tail: a module after the last layer that works
     token by token; unpacking waits for it. fill: what the model's head wants to find in a dropped token's place.
     segment_end: the id that closes a segment in families without token types, or None.
+    position_bias: makes, for one pass, what maps the original positions [..., n] of a row's tokens to what is added to their
+    attention logits, [..., H, n, n]; None where nothing is.
+    instead: what else runs in a pass, in families that do not use transformers' attention interface.
     """
 
     base: nn.Module
@@ -43,6 +61,8 @@ class Entrance:
     fill: Fill
     tail: nn.Module | None = None
     segment_end: int | None = None
+    position_bias: Callable[[], Callable[[Tensor], Tensor]] | None = None
+    instead: tuple[Instead, ...] = ()
 
 
 def enter_general(model: PreTrainedModel) -> Entrance:

@@ -14,6 +14,7 @@ from thresher.cli.options import (
     DATA,
     OUTPUT,
     AnsweringDirectory,
+    AtSpeedup,
     Column,
     DataSource,
     Device,
@@ -43,6 +44,7 @@ SIZES = "1,8,32"
 def bench(
     directory: AnsweringDirectory,
     data: DataSource,
+    speedup: AtSpeedup = None,
     batch_size: Annotated[
         str | None,
         typer.Option(
@@ -86,8 +88,8 @@ def bench(
     from thresher.cli.data import read_rows
     from thresher.cli.graphs import OpenedGraph, open_to_answer
 
-    opened = open_to_answer(directory, device, batch_size=batch_size, workers=workers)
-    rows = read_rows(data, split="test", limit=limit, seed=seed)
+    opened = open_to_answer(directory, device, batch_size=batch_size, workers=workers, speedup=speedup)
+    rows = read_rows(data, split="test", limit=limit, seed=seed, kind=opened.work.kind, labelled=False)
     about = {"directory": directory, "data": data, "rows": len(rows), "rounds": rounds}
     if isinstance(opened, OpenedGraph):
         if profile:
@@ -118,9 +120,7 @@ def _encoded(
     opened: Opened | OpenedGraph, rows: datasets.Dataset, columns: dict[str, str], max_length: int | None
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """The texts, and their token ids; without labels, which timing has no use for."""
-    from thresher.cli.scoring import texts_only
-
-    texts = texts_only(opened.work.named(rows, columns))
+    texts = opened.work.unlabelled(opened.work.named(rows, columns))
     return texts, opened.work.encode(texts, opened.tokenizer, opened.limit(max_length), labels=False).rows
 
 

@@ -71,8 +71,9 @@ def calibrate(
 
     import thresher
     from thresher.calibration import calibrate as search
-    from thresher.cli.data import labels_of, read_rows
+    from thresher.cli.data import read_rows
     from thresher.cli.models import open_model
+    from thresher.cli.work import Truth
     from thresher.measure.run import run, run_packed
     from thresher.model import attachment_of
 
@@ -94,7 +95,7 @@ def calibrate(
     work = work.settled(rows, columns)
     attachment_of(opened.model).notes["task"] = work.notes()
     encoded = opened.encode(rows, columns, max_length=max_length)
-    truth = labels_of(encoded)
+    truth = Truth.of(encoded)
     stock = run_packed(opened.model, encoded.rows, batch_size=batch_size).predictions
     quality = work.quality(truth, stock)
     search(opened.model, encoded.rows, speedup=speedup, max_loss=max_loss, quality=quality, batch_size=batch_size)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from thresher.cli import about, benching, calibrating, exporting, fitting, measuring, quantizing, using
+from thresher.cli import about, benching, calibrating, exporting, fitting, measuring, quantizing, searching, using
 
 app = typer.Typer(
     name="thresher",
@@ -17,7 +17,7 @@ app = typer.Typer(
 )
 
 for panel, commands in (
-    ("Make a model faster", (fitting.fit, calibrating.calibrate, quantizing.quantize)),
+    ("Make a model faster", (fitting.fit, calibrating.calibrate, searching.search, quantizing.quantize)),
     ("Measure it", (measuring.evaluate, benching.bench)),
     ("Use it", (using.predict, using.explain, exporting.export)),
     ("Look around", (about.methods, about.demo)),

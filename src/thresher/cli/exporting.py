@@ -96,14 +96,13 @@ def _rows(
     """Token ids of the rows of `data`. What the model is for goes into its notes, which the graph will carry."""
     from thresher.cli.data import read_rows
     from thresher.cli.graphs import feeds
-    from thresher.cli.scoring import texts_only
     from thresher.model import attachment_of
 
     work, rows = opened.work, None
     if data is not None:
-        given = read_rows(data, split="test", limit=limit, seed=seed)
+        given = read_rows(data, split="test", limit=limit, seed=seed, kind=work.kind, labelled=False)
         work = work.settled(given, columns)
-        texts = texts_only(work.named(given, columns))
+        texts = work.unlabelled(work.named(given, columns))
         rows = feeds(work.encode(texts, opened.tokenizer, opened.limit(max_length), labels=False).rows)
     attachment_of(opened.model).notes["task"] = work.notes()
     return rows

@@ -14,12 +14,14 @@ from rich.console import RenderableType
 from thresher.cli.gains import STOCK_IS, gains, gains_table
 from thresher.cli.options import (
     DATA,
+    EVALUATIONS,
     METHOD,
     TRAINING,
     BatchSize,
     Column,
     DataSource,
     Device,
+    Evaluations,
     Json,
     Kind,
     Limit,
@@ -27,6 +29,7 @@ from thresher.cli.options import (
     MaxLoss,
     MethodSetting,
     Precision,
+    Searcher,
     Seed,
     Speedup,
     assignments,
@@ -117,6 +120,8 @@ def fit(
     precision: Annotated[
         Precision, typer.Option(help="auto: bfloat16 where the machine multiplies it fast.", rich_help_panel=TRAINING)
     ] = "auto",
+    evaluations: Evaluations = None,
+    sampler: Searcher = None,
     batch_size: BatchSize = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -136,12 +141,13 @@ def fit(
 
     from thresher.cli.models import open_start
 
-    rows, held_out = _rows(data, validation, limit, validation_limit, seed)
+    kind = _kind(task, data)
+    rows, held_out = _rows(data, validation, limit, validation_limit, seed, kind)
     start, new_head = open_start(
         model,
         rows,
         place,
-        kind=_kind(task, data),
+        kind=kind,
         metric=metric,
         columns=columns,
         max_length=max_length,
@@ -149,7 +155,9 @@ def fit(
         labels=not no_labels,
     )
     lessons = _lessons(start.work.kind, new_head, fine_tune, no_labels, overrides)
-    encoded, checked = (start.encode(part, columns, labels=lessons.labels) for part in (rows, held_out))
+    config = start.work.fitting(config, start.tokenizer)
+    encoded = start.encode(rows, columns, labels=lessons.labels, training=True)
+    checked = start.encode(held_out, columns, labels=lessons.labels)
     directory_to_write(out)
     run_settings = {
         "model": model,
@@ -169,6 +177,7 @@ def fit(
         "seed": seed,
         "precision": precision,
         "use_cpu": place == "cpu",
+        "search": {name: v for name, v in (("evaluations", evaluations), ("sampler", sampler)) if v is not None},
     }
     with resumable(out, run_settings):
         found = _train(start, config, encoded, checked, out, lessons, batch_size, options)
@@ -186,15 +195,15 @@ class Lessons:
 
 
 def _rows(
-    data: str, validation: str | None, limit: int | None, validation_limit: int | None, seed: int
+    data: str, validation: str | None, limit: int | None, validation_limit: int | None, seed: int, kind: Kind | None
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """The rows to train on, and those that the target is met on."""
     from thresher.cli.data import hold_out, read_rows
 
-    rows = read_rows(data, split="train", limit=limit, seed=seed)
+    rows = read_rows(data, split="train", limit=limit, seed=seed, kind=kind)
     if validation is None:
         return hold_out(rows, seed)
-    return rows, read_rows(validation, split="test", limit=validation_limit, seed=seed)
+    return rows, read_rows(validation, split="test", limit=validation_limit, seed=seed, kind=kind)
 
 
 def _kind(task: Kind | None, data: str) -> Kind | None:
@@ -230,12 +239,12 @@ def _train(
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """Train on `encoded` and save; what the model then gains on `checked`, over the one that the method started from."""
-    from thresher.cli.data import labels_of
+    from thresher.cli.work import Truth
     from thresher.measure.run import run, run_packed
     from thresher.model import policy_of
     from thresher.training import fit as train
 
-    truth = labels_of(checked) if lessons.labels else None
+    truth = Truth.of(checked) if lessons.labels else None
     reference = run_packed(start.model, checked.rows, batch_size=batch_size).predictions
     before: list[np.ndarray] = []
     with progress_bar() as bar:
@@ -256,7 +265,7 @@ def _train(
             ),
             progress=False,
             callbacks=[_bar_callback(bar)],
-            **options,
+            **options | {"search": _with_bar(options["search"], bar) if config.searches else options["search"]},
         )
     after = run(fitted, checked.rows, batch_size=batch_size)
     return {
@@ -269,6 +278,19 @@ def _train(
         "speedup": after.speedup,
         **gains(start.work, truth, before[0], after.predictions),
     }
+
+
+def _with_bar(search: dict[str, Any], bar: Any) -> dict[str, Any]:
+    """The settings of a search with its progress on a rich bar."""
+    tries = search.get("evaluations", EVALUATIONS)
+    task: list[Any] = []
+
+    def tried(point: Any) -> None:
+        if not task:
+            task.append(bar.add_task("searching", total=tries))
+        bar.update(task[0], advance=1)
+
+    return {**search, "evaluations": tries, "on_evaluation": tried}
 
 
 def _shown(found: dict[str, Any], data: str) -> list[RenderableType]:

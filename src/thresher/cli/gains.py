@@ -10,15 +10,15 @@ from thresher.report.console import percent, points, ratio, table
 if TYPE_CHECKING:
     import numpy as np
 
-    from thresher.cli.data import Work
+    from thresher.cli.work import Truth, Work
 
 STOCK_IS = "Stock is the model before, nothing dropped; FLOPs are without padding on both sides."
 
 
-def gains(work: Work, truth: list[Any] | None, stock: np.ndarray, after: np.ndarray) -> dict[str, Any]:
+def gains(work: Work, truth: Truth | None, stock: np.ndarray, after: np.ndarray) -> dict[str, Any]:
     """The metrics of both, and the name of the one a target is about."""
     return {
-        "metric": work.metric if truth is not None or work.text is None else "agreement",
+        "metric": work.metric if truth is not None or not work.scored else "agreement",
         "stock": work.metrics(stock, truth, stock),
         "thresher": work.metrics(after, truth, stock),
     }

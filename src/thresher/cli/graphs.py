@@ -11,9 +11,9 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from thresher.cli.data import Work
 from thresher.cli.models import Opened, open_model, real_names
 from thresher.cli.options import place_of
+from thresher.cli.work import EmbeddingWork, TextWork, Work
 from thresher.errors import OptionError
 from thresher.exported.directory import MANIFEST, TOKENIZER, Manifest, is_exported
 from thresher.exported.runner import Row, Runner
@@ -59,17 +59,24 @@ class OpenedGraph:
 
 
 def open_to_answer(
-    name: str, device: str, *, batch_size: object = None, workers: int | None = None
+    name: str,
+    device: str,
+    *,
+    batch_size: object = None,
+    workers: int | None = None,
+    speedup: float | None = None,
 ) -> Opened | OpenedGraph:
     """A model on `device` (auto, cpu, cuda) or an exported directory. Raises OptionError for options of the other one."""
     if not is_exported(Path(name).expanduser()):
         if workers is not None:
             raise OptionError("--workers is for an exported directory; a model uses every core by itself.")
-        return open_model(name, place_of(device))
+        return open_model(name, place_of(device), speedup=speedup)
     if batch_size is not None:
         raise OptionError(f"{name} is an exported graph, which runs one row at a time; leave --batch-size out.")
     if device == "cuda":
         raise OptionError(f"{name} is an exported graph, which runs on the CPU; leave --device out.")
+    if speedup is not None:
+        raise OptionError(f"{name} is an exported graph, which runs as it was exported; leave --speedup out.")
     return open_graph(name, workers)
 
 
@@ -103,13 +110,12 @@ def _guessed(runner: Runner) -> Work:
     from thresher.tasks.text import TextTask
 
     if "sentence_embedding" in runner.manifest.outputs:
-        return Work("embedding")
+        return EmbeddingWork()
     (output,) = runner.run(runner.encode([""]))
     if runner.manifest.outputs[0] not in ("logits", "scores") or output.answer.ndim != 1:
-        return Work("other")
+        return Work()
     classes = len(output.answer)
     if classes == 1:
-        return Work("regression", TextTask("regression", 1), any_pair=True)
-    return Work(
-        "classification", TextTask("classification", classes, real_names(runner.manifest.labels) or None), any_pair=True
-    )
+        return TextWork(text=TextTask("regression", 1), any_pair=True)
+    names = real_names(runner.manifest.labels) or None
+    return TextWork(text=TextTask("classification", classes, names), any_pair=True)

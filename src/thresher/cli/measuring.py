@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from thresher.cli.gains import STOCK_IS, checked_rows, gains_table
 from thresher.cli.options import (
     AnsweringDirectory,
+    AtSpeedup,
     BatchSize,
     Column,
     DataSource,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 def evaluate(
     directory: AnsweringDirectory,
     data: DataSource,
+    speedup: AtSpeedup = None,
     column: Column = None,
     max_length: MaxLength = None,
     limit: Limit = None,
@@ -50,7 +52,7 @@ def evaluate(
     from thresher.cli.graphs import OpenedGraph, open_to_answer
     from thresher.cli.scoring import set_exam
 
-    opened = open_to_answer(directory, device, batch_size=batch_size, workers=workers)
+    opened = open_to_answer(directory, device, batch_size=batch_size, workers=workers, speedup=speedup)
     exam = set_exam(opened, data, assignments(column, "--column"), limit=limit, seed=seed, max_length=max_length)
     about = {"directory": directory, "data": data, "rows": len(exam.rows)}
     title = f"{directory} on {count(len(exam.rows))} {exam.unit}"

@@ -18,17 +18,20 @@ import thresher
 from thresher import checkpoint
 from thresher.backbones import FAMILIES
 from thresher.checkpoint import SETTINGS
-from thresher.cli.data import Work
+from thresher.cli.data import holds_dialogues
 from thresher.cli.screen import notice
+from thresher.cli.work import EmbeddingWork, ResponseWork, TextWork, Work
 from thresher.errors import CheckpointError, OptionError
 from thresher.exported.directory import is_exported
 from thresher.measure import run as running
 from thresher.measure.run import Run
 from thresher.model import attachment_of, find_encoder
 from thresher.tasks.features import DEFAULT_MAX_LENGTH, EncodedRows
+from thresher.tasks.responses import ResponseTask, prepare
 from thresher.tasks.text import TextTask, canonical
 
 BUILT_IN = "minilm"
+PROBABILITY = "multi_label_classification"  # of one label: what transformers learns by binary cross-entropy
 NEW_HEAD = (None, "MaskedLM", "PreTraining")  # checkpoints without a trained head for any task
 
 T = TypeVar("T")
@@ -70,10 +73,11 @@ class Opened:
         *,
         labels: bool = False,
         max_length: int | None = None,
+        training: bool = False,
     ) -> EncodedRows:
         """The rows, by the columns the task reads, as token ids; labels are required where `labels`."""
         named = self.work.named(rows, columns)
-        return self.work.encode(named, self.tokenizer, self.limit(max_length), labels=labels)
+        return self.work.encode(named, self.tokenizer, self.limit(max_length), labels=labels, training=training)
 
     def answer(
         self,
@@ -102,11 +106,16 @@ class Opened:
         return self.work
 
 
-def open_model(name: str, device: str, *, plain_is_news: bool = True) -> Opened:
-    """What `fit` saved; or a plain checkpoint, packed with nothing dropped, which is said. On `device` (cpu, cuda)."""
+def open_model(name: str, device: str, *, plain_is_news: bool = True, speedup: float | None = None) -> Opened:
+    """What `fit` saved; or a plain checkpoint, packed with nothing dropped, which is said. On `device` (cpu, cuda).
+
+    speedup: the point of its frontier to run at.
+    """
     path = find(name)
     if (Path(path) / SETTINGS).is_file():
-        model = thresher.load(path, device=device)
+        model = thresher.load(path, device=device, speedup=speedup)
+    elif speedup is not None:
+        raise OptionError(f"{name} is a plain checkpoint, which has no frontier to pick --speedup from.")
     else:
         model = thresher.attach(_plain(path, device))
         if plain_is_news:
@@ -139,15 +148,17 @@ def open_start(
 ) -> tuple[Opened, bool]:
     """The model to train on `rows`, packed, on `device`; and whether its head is new, and so has to be fine-tuned first."""
     path = find(name)
-    rows = Work("start").named(rows, columns)
+    rows = Work().named(rows, columns)
     set_seed(seed)
     if kind == "embedding":
         if metric not in (None, "cosine"):
             raise OptionError(f"Embeddings are scored by cosine, not by {metric!r}.")
         model = thresher.attach(_sentence_transformer(path, device))
-        return Opened(model, model.tokenizer, Work("embedding", None, columns, max_length)), False
+        return Opened(model, model.tokenizer, EmbeddingWork(columns, max_length)), False
     config = _config(path)
     trained = _head(config) == "SequenceClassification"
+    if kind == "response" or (kind is None and holds_dialogues(rows)):
+        return _selector(path, config, device, metric, columns, max_length)
     if config.model_type in FAMILIES and not trained and _head(config) not in NEW_HEAD:
         raise OptionError(
             f"{name} is a {config.architectures[0]}, which has no head for {kind or 'classification or regression'}; give a "
@@ -166,7 +177,36 @@ def open_start(
             options["label2id"] = {label: number for number, label in enumerate(task.label_names)}
         model = _load(path, lambda: AutoModelForSequenceClassification.from_pretrained(path, **options))
     thresher.attach(model.eval().to(device))
-    return Opened(model, _tokenizer(model, path), Work(task.kind, task, columns, max_length)), not trained
+    return Opened(model, _tokenizer(model, path), TextWork(columns, max_length, text=task)), not trained
+
+
+def _selector(
+    path: str, config: Any, device: str, metric: str | None, columns: dict[str, str], max_length: int | None
+) -> tuple[Opened, bool]:
+    """A model that selects responses by one logit, of a checkpoint that does or of an encoder."""
+    trained = _head(config) == "SequenceClassification"
+    if trained and not _selects(config):
+        raise OptionError(
+            f"The checkpoint's head has {config.num_labels} outputs that are no probability of a response; give an encoder "
+            "without a head to train a new one."
+        )
+    options = {"num_labels": 1, "problem_type": PROBABILITY}
+    model = _load(path, lambda: AutoModelForSequenceClassification.from_pretrained(path, **options))
+    tokenizer = _tokenizer(model, path)
+    prepare(model, tokenizer)
+    thresher.attach(model.eval().to(device))
+    work = ResponseWork(columns, max_length or _pair_length(model), measure=metric or "R@1")
+    return Opened(model, tokenizer, work), not trained
+
+
+def _pair_length(model: Any) -> int:
+    """Tokens of a context and a response: as BERT-FP, or what the model can read."""
+    return min(ResponseTask().max_length, reach(model))
+
+
+def _selects(config: Any) -> bool:
+    """Whether a head says with one logit how probable it is that a response fits."""
+    return bool(config.num_labels == 1 and config.problem_type == PROBABILITY)
 
 
 def find(name: str) -> str:
@@ -196,7 +236,7 @@ def reach(model: Any) -> int:
     """The most tokens the model can read."""
     config = find_encoder(model).config
     positions = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
-    if config.model_type in ("roberta", "xlm-roberta", "camembert"):
+    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         positions -= config.pad_token_id + 1  # their positions start after the padding's
     own = getattr(model, "max_seq_length", None)
     return min(positions, own) if own else positions
@@ -271,9 +311,11 @@ def _guessed(model: Any) -> Work:
     """The task of a plain checkpoint; whether it reads pairs, the rows say later."""
     config = find_encoder(model).config
     if hasattr(model, "encode"):
-        return Work("embedding")
+        return EmbeddingWork()
     if _head(config) != "SequenceClassification":
-        return Work("other")
+        return Work()
+    if _selects(config):
+        return ResponseWork(max_length=_pair_length(model))
     kind = "regression" if config.num_labels == 1 else "classification"
     names = _names(config) if kind == "classification" else None
-    return Work(kind, TextTask(kind, config.num_labels, names), any_pair=True)  # type: ignore[arg-type]
+    return TextWork(text=TextTask(kind, config.num_labels, names), any_pair=True)  # type: ignore[arg-type]

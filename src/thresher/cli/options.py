@@ -14,8 +14,9 @@ import typer
 from thresher.errors import OptionError, nearest
 
 TARGET, DATA, METHOD, TRAINING, OUTPUT = "Target (one of them)", "Data", "Method", "Training", "Output"
+SEARCH = "Search"
 
-Kind = Literal["classification", "regression", "embedding"]
+Kind = Literal["classification", "regression", "embedding", "response"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 DataSource = Annotated[
@@ -25,6 +26,15 @@ DataSource = Annotated[
         help="A .jsonl, .json, .csv, .tsv or .parquet file (also .gz), a folder or hub data set with its split "
         "(imdb:train), or the built-in python-docs.",
     ),
+]
+EVALUATIONS = 100
+Evaluations = Annotated[
+    int | None,
+    typer.Option(min=1, help=f"Retention configurations to try. Default: {EVALUATIONS}.", rich_help_panel=SEARCH),
+]
+Searcher = Annotated[
+    Literal["nsga2", "evolutionary", "random"] | None,
+    typer.Option(help="nsga2 (default, needs optuna) or evolutionary, LAT's and ASE's.", rich_help_panel=SEARCH),
 ]
 ModelDirectory = Annotated[
     str,
@@ -43,6 +53,15 @@ Speedup = Annotated[
         help="FLOPs of the model that drops nothing, divided by FLOPs spent: 2 is half the work.",
         metavar="RATIO",
         rich_help_panel=TARGET,
+    ),
+]
+AtSpeedup = Annotated[
+    float | None,
+    typer.Option(
+        "--speedup",
+        help="Run at the point of the model's frontier (thresher search) with at least this FLOPs speedup. Default: as saved.",
+        metavar="RATIO",
+        rich_help_panel=METHOD,
     ),
 ]
 MaxLoss = Annotated[

@@ -9,24 +9,24 @@ from typing import Any
 import datasets
 import numpy as np
 
-from thresher.cli.data import Work, labels_of, read_rows, source_and_split
+from thresher.cli.data import read_rows, source_and_split
 from thresher.cli.gains import gains
 from thresher.cli.graphs import OpenedGraph
 from thresher.cli.models import Opened
+from thresher.cli.work import Truth, Work
 from thresher.tasks import corpus
 from thresher.tasks.retrieval import inverse_cloze, retrieval_metrics
-from thresher.tasks.text import canonical
 
 Scores = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Exam:
-    """rows: encoded. truth: labels, if there are any. retrieval: scores embeddings of the rows, on the built-in corpus."""
+    """rows: encoded. truth: what answers are judged by, if anything. retrieval: scores embeddings, on the built-in corpus."""
 
     work: Work
     rows: datasets.Dataset
-    truth: list[Any] | None
+    truth: Truth | None
     retrieval: Callable[[np.ndarray], Scores] | None = None
 
     @property
@@ -59,20 +59,14 @@ def set_exam(
 ) -> Exam:
     """The rows of `data` for what the model is for. Raises OptionError for a model whose answers no command can score."""
     work = opened.text_work()
-    rows = read_rows(data, split="test", limit=limit, seed=seed)
+    rows = read_rows(data, split="test", limit=limit, seed=seed, kind=work.kind)
     work = work.settled(rows, columns)
     rows = work.named(rows, columns)
     retrieval = None
     if work.kind == "embedding" and source_and_split(data)[0] == corpus.NAME:
         rows, retrieval = _retrieval(rows, seed)
     encoded = work.encode(rows, opened.tokenizer, opened.limit(max_length), labels=False)
-    return Exam(work, encoded.rows, labels_of(encoded), retrieval)
-
-
-def texts_only(rows: datasets.Dataset) -> datasets.Dataset:
-    """Rows whose labels, if any, are left unread."""
-    rows = canonical(rows)
-    return rows.remove_columns([name for name in rows.column_names if name not in ("text", "text_pair")])
+    return Exam(work, encoded.rows, Truth.of(encoded), retrieval)
 
 
 def _retrieval(rows: datasets.Dataset, seed: int) -> tuple[datasets.Dataset, Callable[[np.ndarray], Scores]]:

@@ -14,6 +14,7 @@ from thresher.cli.options import (
     DATA,
     OUTPUT,
     AnsweringDirectory,
+    AtSpeedup,
     BatchSize,
     Column,
     Device,
@@ -31,9 +32,7 @@ from thresher.report.console import count, table
 
 if TYPE_CHECKING:
     import datasets
-    import numpy as np
 
-    from thresher.cli.data import Work
 
 SHOWN_TEXT = 60
 
@@ -56,6 +55,7 @@ def predict(
     ] = None,
     text: Texts = None,
     pair: Pairs = None,
+    speedup: AtSpeedup = None,
     column: Column = None,
     max_length: MaxLength = None,
     out: Annotated[
@@ -78,18 +78,17 @@ def predict(
 
     from thresher.cli.data import read_rows
     from thresher.cli.graphs import open_to_answer
-    from thresher.cli.scoring import texts_only
 
-    opened = open_to_answer(directory, device, batch_size=batch_size, workers=workers)
+    opened = open_to_answer(directory, device, batch_size=batch_size, workers=workers, speedup=speedup)
     work = opened.text_work()
-    rows = _given(text, pair) if data is None else read_rows(data, split="test")
+    rows = _given(text, pair) if data is None else read_rows(data, split="test", kind=work.kind, labelled=False)
     rows = work.named(rows, assignments(column, "--column"))
-    rows = texts_only(rows)
-    texts = [" | ".join(map(str, row.values())) for row in rows]
+    rows = work.unlabelled(rows)
+    texts = work.shown(rows)
     encoded = work.encode(rows, opened.tokenizer, opened.limit(max_length), labels=False)
     with progress("predicting", len(rows)) as done:
         after = opened.answer(encoded.rows, batch_size=batch_size, on_done=done)
-    said = _answers(work, after.predictions)
+    said = work.answers(after.predictions)
     if out is not None:
         _write(out, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in said))
         return Result(
@@ -167,21 +166,6 @@ def _given(text: list[str] | None, pair: list[str] | None) -> datasets.Dataset:
 def _whole(text: str) -> str:
     """A text without the stand-ins for bytes of the command line that are not UTF-8; tokenizers refuse those."""
     return text.encode("utf-8", "replace").decode()
-
-
-def _answers(work: Work, predictions: np.ndarray) -> list[dict[str, Any]]:
-    import torch
-
-    if work.kind == "embedding":
-        return [{"embedding": row.tolist()} for row in predictions]
-    if work.kind == "regression":
-        return [{"value": float(value)} for value in predictions.reshape(-1)]
-    probabilities = torch.tensor(predictions).softmax(-1)
-    names = work.text.label_names if work.text else None
-    return [
-        {"label": names[number] if names else number, "probability": probability}
-        for probability, number in zip(*(part.tolist() for part in probabilities.max(-1)), strict=True)
-    ]
 
 
 def _short(text: str) -> str:

@@ -5,6 +5,7 @@ A loop over rows keeps a GPU waiting for its host. This is what runs there where
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -77,11 +78,13 @@ def attend_padded(
     window: int | None,
     weights: Tensor | None,
     own: bool = False,
+    position_bias: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Each row attends to itself; gradients flow through all that is returned.
 
     query, key, value: [H, T, d]. window: in original positions. weights: [C, T] float32, what each query counts for in each
-    of C sums, or None when nobody asks for sums.
+    of C sums, or None when nobody asks for sums. position_bias: what is added to the logits of rows with the original
+    positions [b, L], as [b, H, L, L].
     Returns the context [T, H, d], sums over heads and queries i of weights[c, i] * A_h[i, j] as [C, T], and if `own` the
     sums over heads of A_h[j, j] as [T].
     """
@@ -93,8 +96,11 @@ def attend_padded(
     counted = None if weights is None else padding.spread(weights.T).transpose(1, 2)
     watched = counted is not None or own
     contexts, sums, diagonals = [], [], []
-    for part in padding.parts(padding.longest**2 * (q.shape[1] if watched else 1)):
+    by_head = watched or position_bias is not None
+    for part in padding.parts(padding.longest**2 * (q.shape[1] if by_head else 1)):
         bias = hidden_keys[part] if window is None else _windowed(hidden_keys[part], padding.near(window, part))
+        if position_bias is not None:
+            bias = bias + position_bias(padding.positions[part]).to(bias.dtype)
         if not watched:
             out = F.scaled_dot_product_attention(
                 q[part], k[part], v[part], attn_mask=bias, dropout_p=dropout, scale=scale

@@ -157,7 +157,7 @@ def _overhead(policy: Any, layer: int) -> tuple[float, float, float]:
 def _limit(model: Any, tokenizer: Any, asked: int | None) -> int:
     encoder = find_encoder(model)
     most = encoder.config.max_position_embeddings
-    if encoder.config.model_type in ("roberta", "xlm-roberta", "camembert"):
+    if encoder.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         most -= encoder.config.pad_token_id + 1  # positions start after the padding's
     if asked is not None:
         if not 2 < asked <= most:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 TOKENS = 4096  # enough to keep every core busy, few enough for the caches and for memory
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+Batch = tuple[list[int], dict[str, torch.Tensor]]  # the numbers of some rows, and their inputs [B, N]
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,17 @@ def collate(
     return out
 
 
+def prepared(model: Any, rows: datasets.Dataset, batch_size: int | None = None) -> Iterator[Batch]:
+    """The rows in `batches`, collated on the model's device: a list of them serves many runs over the same rows."""
+    encoder = find_encoder(model)
+    pad_id = encoder.config.pad_token_id or 0
+    for index in batches(rows, batch_size):
+        yield index, collate(rows, index, pad_id, encoder.device)
+
+
 def run(
     model: Any,
-    rows: datasets.Dataset,
+    rows: datasets.Dataset | list[Batch],
     *,
     batch_size: int | None = None,
     predict: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor] | None = None,
@@ -76,18 +86,18 @@ def run(
 ) -> Run:
     """Predictions of `model` for every row, in eval mode.
 
-    rows: encoded rows with input_ids and attention_mask. batch_size: see `batches`. predict: from (model, batch) to
-    [B, ...]; by default `answers`.
+    rows: encoded rows with input_ids and attention_mask; or what `prepared` made of them. batch_size: see `batches`. predict:
+    from (model, batch) to [B, ...]; by default `answers`.
     on_batch: called with the number of rows just done (progress bars).
     """
-    encoder = find_encoder(model)
-    pad_id = encoder.config.pad_token_id or 0
     predict = predict or answers
-    parts, order, traces = [], [], []
+    parts: list[np.ndarray] = []
+    order: list[int] = []
+    traces: list[Trace] = []
     with evaluating(model), torch.inference_mode():
-        for index in batches(rows, batch_size):
+        for index, batch in rows if isinstance(rows, list) else prepared(model, rows, batch_size):
             with tracing() as made:
-                parts.append(predict(model, collate(rows, index, pad_id, encoder.device)).float().cpu().numpy())
+                parts.append(predict(model, batch).float().cpu().numpy())
             traces.extend(made)
             order.extend(index)
             if on_batch:
@@ -102,7 +112,7 @@ def run(
     return Run(restored, tuple(traces), ratio)
 
 
-def run_packed(model: Any, rows: datasets.Dataset, **options: Any) -> Run:
+def run_packed(model: Any, rows: datasets.Dataset | list[Batch], **options: Any) -> Run:
     """The honest baseline: the same model, packed, nothing dropped."""
     with keep_everything():
         result = run(model, rows, **options)

@@ -30,7 +30,12 @@ _Dialogue = tuple[list[str], list[str], list[int]]  # context, candidates, label
 
 
 def load_dialogues(
-    source: str | Path, *, split: str | None = None, limit: int | None = None, seed: int | None = None
+    source: str | Path,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+    labelled: bool = True,
 ) -> datasets.Dataset:
     """Read dialogues, and on request shuffle them and keep the first few.
 
@@ -38,6 +43,7 @@ def load_dialogues(
         source: what `load_rows` takes, with columns that `dialogues` knows; or a .txt or .tsv file, also .gz, in the
             layout of `read_tsv`, or a directory with one such file a split.
         split, limit, seed: as in `load_rows`; a limit counts dialogues.
+        labelled: as in `dialogues`.
 
     Returns:
         The columns context, candidates and labels, see `dialogues`.
@@ -49,26 +55,28 @@ def load_dialogues(
     if limit is not None and limit < 1:
         raise OptionError(f"The limit on dialogues must be at least 1, not {limit}.")
     file = _tsv_file(source, split)
-    rows = dialogues(load_rows(source, split=split)) if file is None else read_tsv(file)
+    rows = dialogues(load_rows(source, split=split), labelled=labelled) if file is None else read_tsv(file)
     if seed is not None:
         rows = rows.shuffle(seed=seed, keep_in_memory=True)
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
-def dialogues(rows: datasets.Dataset) -> datasets.Dataset:
+def dialogues(rows: datasets.Dataset, *, labelled: bool = True) -> datasets.Dataset:
     """Dialogues in one form: `context` (texts, oldest first), `candidates` (texts) and `labels` (1 = right, 0 = wrong).
 
     Args:
         rows: the column context and one of these: candidates and labels; candidates and label, the index of the right
             one; positives and adversarial or random or both (remove the one that is not to be used). A null among the
             texts counts as an empty text. No candidate need be right, and several may be.
+        labelled: False also takes candidates about which nothing is said; they are labelled wrong.
 
     Raises:
         DataError: there are no rows or not these columns, or a row (named, from 1) has no utterance, no candidate,
             something that is no text, or labels that do not fit its candidates.
     """
     there = rows.column_names
-    if "context" not in there or not any(set(form) <= set(there) for form in _FORMS):
+    forms = _FORMS if labelled else (*_FORMS, ("candidates",))
+    if "context" not in there or not any(set(form) <= set(there) for form in forms):
         raise DataError(
             f"The rows are no dialogues (there are {', '.join(there)}): they need context, and candidates with label or "
             "labels, or positives with adversarial or random."
@@ -112,7 +120,8 @@ def _canonical(row: dict[str, Any], number: int) -> _Dialogue:
         raise DataError(f"Row {number} has an empty context; a dialogue has at least one utterance.")
     if "candidates" in row:
         candidates = _texts(row, "candidates", number)
-        labels = _labels(row, len(candidates), number)
+        known = "label" in row or "labels" in row
+        labels = _labels(row, len(candidates), number) if known else [0] * len(candidates)
     else:
         candidates = _texts(row, "positives", number)
         labels = [1] * len(candidates)

@@ -341,5 +341,3 @@ def _encoded(columns: dict[str, list[Any]]) -> datasets.Dataset:
         if name == "input_ids":
             made["attention_mask"] = pa.ListArray.from_arrays(ends, np.ones_like(flat))
     return datasets.Dataset.from_dict(made)
-
-

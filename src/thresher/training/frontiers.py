@@ -14,7 +14,7 @@ from thresher.frontier import NOTE, Frontier, Point, configured
 from thresher.measure.run import prepared, run
 from thresher.model import attachment_of, policy_of, set_config
 from thresher.policy import retaining
-from thresher.search import search
+from thresher.searching import search
 
 if TYPE_CHECKING:
     import datasets

@@ -60,7 +60,7 @@ def fit(
     ({"soft.learning_rate": 1e-4}). A run that was interrupted goes on where it stopped when called again with the same
     directory; OptionError if it was called with other settings there.
     search: for a method that searches retention configurations on `validation` (ASE before it trains under them,
-        Length-Adaptive Transformer after): settings of `thresher.search.search`. The target then picks from the frontier.
+        Length-Adaptive Transformer after): settings of `thresher.search`. The target then picks from the frontier.
     on_start: called once with the predictions on `validation` of the model that the method starts from (fine-tuned,
     nothing dropped): what gains and losses are counted from.
     notes: saved with the model (`attachment_of(model).notes`), e.g. what task it was trained for.
