@@ -30,6 +30,7 @@ COMMANDS = (
     "fit",
     "calibrate",
     "search",
+    "post-train",
     "quantize",
     "evaluate",
     "bench",

@@ -109,6 +109,21 @@ def test_a_search_and_a_calibration_alone(place: Path, tmp_path: Path) -> None:
     assert calibrated["speedup"] >= 1.3
 
 
+def test_an_encoder_is_post_trained_before_it_is_fitted(place: Path, tmp_path: Path) -> None:
+    turns = write_rows(
+        tmp_path / "turns.jsonl", [{"turns": [*row["context"], "w6 w7"]} for row in dialogues(20, seed=3)]
+    )
+    words = ("--max-length", 40, "--batch-size", 8, "--precision", "float32")
+    found = ok("post-train", place / "base", turns, "--out", tmp_path / "post", *words)
+    assert found["dialogues"] == 20
+    assert 0.0 <= found["relevance_accuracy"] <= 1.0
+    data = (place / "train.jsonl", "--validation", place / "valid.jsonl", "--out", tmp_path / "out")
+    assert ok("fit", tmp_path / "post", *data, "--method", "ltp", *QUICK[:-2])["task"]["kind"] == "response"
+    fails("post-train", place / "base", place / "nothing.jsonl", "--out", tmp_path / "x", match="no file")
+    fails("post-train", place / "base", turns, "--out", tmp_path / "x", "--max-length", 3, match="length|room")
+    assert not (tmp_path / "x").exists()
+
+
 def test_what_does_not_go_together(place: Path, tmp_path: Path) -> None:
     data = (place / "train.jsonl", "--validation", place / "valid.jsonl", "--out", tmp_path / "out")
     fails("fit", place / "clf", *data, "--method", "ase", match="no probability of a response")

@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from thresher.cli import about, benching, calibrating, exporting, fitting, measuring, quantizing, searching, using
+from thresher.cli import (
+    about,
+    benching,
+    calibrating,
+    exporting,
+    fitting,
+    measuring,
+    post_training,
+    quantizing,
+    searching,
+    using,
+)
 
 app = typer.Typer(
     name="thresher",
@@ -16,8 +27,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+FASTER = (fitting.fit, calibrating.calibrate, searching.search, quantizing.quantize, post_training.post_train)
+
 for panel, commands in (
-    ("Make a model faster", (fitting.fit, calibrating.calibrate, searching.search, quantizing.quantize)),
+    ("Make a model faster", FASTER),
     ("Measure it", (measuring.evaluate, benching.bench)),
     ("Use it", (using.predict, using.explain, exporting.export)),
     ("Look around", (about.methods, about.demo)),

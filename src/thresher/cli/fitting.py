@@ -264,7 +264,7 @@ def _train(
                 f"Training stage {now.name}: {now.epochs:g} epochs, {len(encoded.rows):,} rows"
             ),
             progress=False,
-            callbacks=[_bar_callback(bar)],
+            callbacks=[bar_callback(bar)],
             **options | {"search": _with_bar(options["search"], bar) if config.searches else options["search"]},
         )
     after = run(fitted, checked.rows, batch_size=batch_size)
@@ -304,7 +304,7 @@ def _shown(found: dict[str, Any], data: str) -> list[RenderableType]:
     ]
 
 
-def _bar_callback(bar: Any) -> Any:
+def bar_callback(bar: Any) -> Any:
     """The trainer's steps on a rich bar, with the time left."""
     from transformers import TrainerCallback
 
