@@ -3,7 +3,8 @@
     python benchmarks/pair_starts.py squad --data-dir DIR --out STARTS/squad
     python benchmarks/pair_starts.py squad --data-dir DIR --out RUNS/squad-fast --start STARTS/squad --speedup 2.2
 
-The second command trains attention mass by distillation (no labels) and calibrates it on held-out training rows.
+The second command trains attention mass by distillation (no labels) and calibrates it on held-out training rows; with
+--untrained it only calibrates.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--curve", type=float, nargs="+", help="retention fractions; default: the method's own")
+    parser.add_argument("--untrained", action="store_true", help="only calibrate")
     parser.add_argument("--test", type=int, default=2_000)
     args = parser.parse_args()
 
@@ -64,19 +66,22 @@ def main() -> None:
         return
 
     policy = thresher.AttentionMass(retention=tuple(args.curve) if args.curve else None, protect_segments=(0,))
-    thresher.attach(model)
+    thresher.attach(model, policy)
     before = quality(args.name, said(run_packed(model, test).predictions), test)
-    overrides = {"epochs": args.epochs, "learning_rate": args.learning_rate}
-    model = thresher.fit(
-        model, policy, train, tokenizer, args.out, validation=held_out, speedup=args.speedup, overrides=overrides
-    )
+    if args.untrained:
+        thresher.calibrate(model, held_out, speedup=args.speedup)
+        thresher.save(model, args.out)
+        tokenizer.save_pretrained(args.out)
+    else:
+        overrides = {"epochs": args.epochs, "learning_rate": args.learning_rate}
+        options = {"validation": held_out, "speedup": args.speedup, "overrides": overrides}
+        model = thresher.fit(model, policy, train, tokenizer, args.out, **options)
     result = run(model, test)
     after = quality(args.name, said(result.predictions), test)
     print(f"{args.name}: {before:.4f} -> {after:.4f} at {result.speedup:.3f}x")
     what = "span accuracy" if args.name == "squad" else "MRR"
-    note = (
-        f"MiniLM-L6, attention mass {policy.retention or 'default curve'}, query kept, distilled {args.epochs:g} epochs"
-    )
+    learned = "without training" if args.untrained else f"distilled {args.epochs:g} epochs"
+    note = f"MiniLM-L6, attention mass {policy.retention or 'default curve'}, query kept, {learned}"
     base = f"the same start, packed, nothing dropped: {what} {before:.4f}"
     record("pairs", f"{args.name}-flops", "FLOPs speedup", result.speedup, "x", baseline=base, note=note, **about)
     record("pairs", f"{args.name}-loss", f"{what} lost", 100 * (before - after), "points", target="<= 1.0",

@@ -162,6 +162,8 @@ def judge(name: str, answers: Answers, stock: Answers, examples: Examples, *, tu
     """
     largest = max(float(np.abs(a - s).max()) for a, s in zip(answers, stock, strict=True))
     measure, value = "", None
+    if name == "wikiqa" and answers[0].size == 2:  # of a head with two classes: how much more right than wrong
+        answers, stock = ([a[1:] - a[:1] for a in said] for said in (answers, stock))
     if answers[0].size == 1 and examples.groups:
         by_query: dict[int, list[int]] = {}
         for i, group in enumerate(examples.groups):

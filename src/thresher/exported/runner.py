@@ -141,8 +141,9 @@ class Runner:
 
     def _session(self, threads: int) -> Any:
         if threads not in self._sessions:
-            graph = self.path / files.GRAPH[self.manifest.runtime]
-            self._sessions[threads] = open_session(self.manifest.runtime, graph, self.manifest.outputs, threads)
+            about = self.manifest
+            graph = self.path / files.GRAPH[about.runtime]
+            self._sessions[threads] = open_session(about.runtime, graph, about.outputs, threads, int8=about.int8)
         return self._sessions[threads]
 
     def _load_tokenizer(self) -> Any:
