@@ -218,7 +218,9 @@ def alpha(bench: Bench) -> None:
         found = Judge(bench, bench.model(policy), rows)(retention)
         spread = {"flops_speedup": round(found.speedup, 3), "standard_error": round(found.uncertainty(baseline), 2)}
         name, value = f"ase-alpha-{bench.label}-{id}", 100 * found.quality
-        note = "the fine-tuned start, not trained for it; the default curve to a power, one for all alphas and attention mass at "
+        note = (
+            "the fine-tuned start, untrained; the default curve to a power: one for all alphas and attention mass at "
+        )
         note += "a speedup, one for each of the other options"
         bench.record("ase_alpha", name, f"R@1: {what}", value, "%", rows, baseline=said, spread=spread, note=note)
         return found.quality

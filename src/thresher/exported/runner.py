@@ -141,9 +141,8 @@ class Runner:
 
     def _session(self, threads: int) -> Any:
         if threads not in self._sessions:
-            about = self.manifest
-            graph = self.path / files.GRAPH[about.runtime]
-            self._sessions[threads] = open_session(about.runtime, graph, about.outputs, threads, int8=about.int8)
+            graph = self.path / files.GRAPH[self.manifest.runtime]
+            self._sessions[threads] = open_session(self.manifest.runtime, graph, self.manifest.outputs, threads)
         return self._sessions[threads]
 
     def _load_tokenizer(self) -> Any:

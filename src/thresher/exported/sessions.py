@@ -32,19 +32,17 @@ def require(runtime: Runtime) -> Any:
         raise ThresherError(f'{package} is not installed; run pip install "thresher[{runtime}]".') from error
 
 
-def open_session(
-    runtime: Runtime, graph: Path, outputs: Sequence[str], threads: int, *, int8: bool = False
-) -> Session:
-    """threads: cores that one call may use; with one, several calls may run at a time. int8: whether the graph is quantized."""
+def open_session(runtime: Runtime, graph: Path, outputs: Sequence[str], threads: int) -> Session:
+    """threads: cores that one call may use; with one, several calls may run at a time."""
     module = require(runtime)
     make = _onnx if runtime == "onnx" else _openvino
     try:
-        return make(module, graph, list(outputs), threads, int8)
+        return make(module, graph, list(outputs), threads)
     except Exception as error:  # each runtime has errors of its own
         raise CheckpointError(f"{graph} does not load in {module.__name__}: {_first_line(error)}") from error
 
 
-def _onnx(onnxruntime: Any, graph: Path, outputs: list[str], threads: int, int8: bool) -> Session:
+def _onnx(onnxruntime: Any, graph: Path, outputs: list[str], threads: int) -> Session:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -55,11 +53,11 @@ def _onnx(onnxruntime: Any, graph: Path, outputs: list[str], threads: int, int8:
     return lambda feed: session.run(outputs, feed)  # type: ignore[no-any-return]
 
 
-def _openvino(openvino: Any, graph: Path, outputs: list[str], threads: int, int8: bool) -> Session:
+def _openvino(openvino: Any, graph: Path, outputs: list[str], threads: int) -> Session:
     core = openvino.Core()
     model = core.read_model(str(graph))
-    # Some processors take bfloat16 unasked. float32 is what was checked; of a quantized graph what it costs was measured so.
-    settings: dict[str, Any] = {} if int8 else {"INFERENCE_PRECISION_HINT": "f32"}
+    # float32 is what was checked: some processors would take bfloat16 unasked.
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
     if threads > 1:
         settings |= {"NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads}
     else:
