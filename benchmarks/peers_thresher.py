@@ -22,7 +22,7 @@ def attached(job: Job, *, drop: bool) -> tuple[Any, str]:
         return thresher.attach(job.model()), "nothing dropped"
     if job.method is not None:
         model = thresher.load(job.method).eval()
-        return model, f"{thresher.policy_of(model).config.method}, trained"
+        return model, f"{thresher.policy_of(model).config.method}, as saved"
     return thresher.attach(job.model(), thresher.AttentionMass()), "attention-mass, untrained"
 
 
