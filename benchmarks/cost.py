@@ -1,6 +1,6 @@
-"""What evidence costs, what memory a batch takes, and that time grows with the tokens that are kept.
+"""What evidence costs, what memory a batch takes and what keeping it gains, and that time grows with the tokens kept.
 
-    python benchmarks/cost.py [evidence] [memory] [scaling] [--rounds 15] [--dry]
+    python benchmarks/cost.py [evidence] [memory] [kept] [scaling] [--rounds 15] [--dry]
 
 MiniLM-L6 on random token ids, nothing else running. Memory is the peak of a process that runs nothing but the batch.
 """
@@ -95,6 +95,43 @@ def memory(rounds: int, write) -> None:
               "ratio", "<= 1.0", f"stock SDPA: {peaks['stock']:.0f} MiB above the loaded model", None, "")  # fmt: skip
 
 
+PASS = """
+import statistics, sys, time, torch, thresher
+from transformers import AutoModel
+sys.path.insert(0, {here!r})
+from speed import HALF, random_batch
+from starts import minilm
+if {keep}:
+    thresher.keep_memory()
+model = thresher.attach(AutoModel.from_pretrained(minilm()).eval(), HALF)
+batch, seconds = random_batch({rows}, {tokens}), []
+with torch.inference_mode(), {how}:
+    for _ in range({rounds} + 3):
+        began = time.perf_counter()
+        model(**batch)
+        seconds.append(time.perf_counter() - began)
+print(statistics.median(seconds[3:]))
+"""
+HOW = {"stock": "thresher.stock()", "packed": "thresher.keep_everything()", "dropping": "torch.no_grad()"}
+
+
+def kept(rounds: int, write) -> None:
+    """Time without `keep_memory` over time with it, in processes of their own, one after the other."""
+
+    def seconds(keep: bool, how: str, rows: int, tokens: int) -> float:
+        about = {"here": str(Path(__file__).parent), "keep": keep, "how": HOW[how], "rows": rows, "tokens": tokens}
+        code = PASS.format(rounds=rounds, **about)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return float(done.stdout)
+
+    for rows, tokens in ((1, 128), (1, 384), (8, 384)):
+        for how in HOW:
+            gains = sorted(seconds(False, how, rows, tokens) / seconds(True, how, rows, tokens) for _ in range(5))
+            write(f"kept-{how}-{rows}x{tokens}", f"time without keep_memory / with it: {how}", gains[2], "ratio", None,
+                  "the same in a process that does not keep its memory", [round(gains[1], 3), round(gains[3], 3)],
+                  f"five pairs of processes, median of {rounds} passes each")  # fmt: skip
+
+
 def scaling(rounds: int, write) -> None:
     """Time against kept tokens: lengths 32 to 512 and retention 1.0 to 0.1, every layer keeping the same fraction."""
     import matplotlib
@@ -132,10 +169,11 @@ def scaling(rounds: int, write) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=["evidence", "memory", "scaling", []])
+    parser.add_argument("what", nargs="*", choices=["evidence", "memory", "kept", "scaling", []])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dry", action="store_true", help="print, record nothing")
     args = parser.parse_args()
+    thresher.keep_memory()
 
     def write(id: str, what: str, value: float, unit: str, target, baseline: str, spread, note: str) -> None:
         print(f"{id:28} {value:.3f} {unit} (target {target}; spread {spread})", flush=True)
@@ -144,7 +182,7 @@ def main() -> None:
             record("cost", id, what, value, unit, target=target, baseline=baseline, spread=spread,
                    data="random token ids", seeds=[0], note=note)  # fmt: skip
 
-    for name, job in (("evidence", evidence), ("memory", memory), ("scaling", scaling)):
+    for name, job in (("evidence", evidence), ("memory", memory), ("kept", kept), ("scaling", scaling)):
         if name in args.what or not args.what:
             job(args.rounds, write)
 

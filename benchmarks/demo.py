@@ -9,6 +9,7 @@ import argparse
 import tempfile
 from statistics import mean
 
+import thresher
 from records import record
 from thresher.demo import run_demo
 
@@ -17,6 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
+    thresher.keep_memory()
     found = []
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as out:

@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=600)
     parser.add_argument("--speedup", type=float, default=2.0)
     args = parser.parse_args()
+    thresher.keep_memory()
 
     tokenizer = AutoTokenizer.from_pretrained(args.start)
     shuffled = load_rows(args.data_dir / "imdb", split="train").shuffle(seed=SPLIT_SEED)

@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--stage", action="append", default=[], help="e.g. soft.epochs=0.5")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
+    thresher.keep_memory()
 
     tokenizer = AutoTokenizer.from_pretrained(args.start)
     task, train, calibration, test = splits(

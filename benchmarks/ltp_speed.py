@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
+    thresher.keep_memory()
     model, tokenizer = thresher.load(args.model), AutoTokenizer.from_pretrained(args.model)
     *_, test = splits(args.name, args.data_dir, tokenizer, train=1, calibration=1, test=args.rows)
     found = compare(model, test, batch_size=32, rounds=args.rounds)

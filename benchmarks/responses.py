@@ -136,6 +136,7 @@ class Bench:
     """A start and its data, as the options name them."""
 
     def __init__(self, args: argparse.Namespace) -> None:
+        thresher.keep_memory()
         self.args = args
         self.dry = args.dry or args.limit is not None
         self.label = args.label or args.name

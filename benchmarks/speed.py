@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dry", action="store_true", help="print, record nothing")
     args = parser.parse_args()
+    thresher.keep_memory()
     model = AutoModelForSequenceClassification.from_pretrained(minilm()).eval()
     thresher.attach(model, HALF)
     policy = thresher.policy_of(model)

@@ -161,19 +161,32 @@ def test_a_few_heads_at_a_time_is_the_same(
     heads: list[int] = []
     original = cpu.attend_by_head
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    bare_too = [460] if threads == 1 else []
+    bare_too = {1: [460], 2: [230, 460]}.get(threads, [])
     monkeypatch.setattr(attention, "attend_by_head", lambda q, *rest: [heads.append(q.shape[1]), original(q, *rest)][1])
     context, evidence = attend(q, k, v, tokens, window=window, wanted=everything)
-    assert heads == [230, 460]
+    assert heads == [230, 7, 460]
     bare, _ = attend(q, k, v, tokens, window=window)
-    assert heads == [230, 460, *bare_too]
+    assert heads == [230, 7, 460, *bare_too]
     monkeypatch.setattr(attention, "heads_apart", lambda *_, **__: False)
     slow, expected = attend(q, k, v, tokens, window=window, wanted=everything)
-    assert heads == [230, 460, *bare_too]
+    assert heads == [230, 7, 460, *bare_too]
     close(context, slow)
     close(bare, slow)
     for name in ("mass", "diagonal", "by_segment", "blocks"):
         close(getattr(evidence, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("learns", range(3), ids=["query", "key", "value"])
+@pytest.mark.parametrize("wanted", [Wanted(), Wanted(mass=True)], ids=["bare", "mass"])
+def test_a_gradient_reaches_whichever_of_them_learns(learns: int, wanted: Wanted) -> None:
+    tokens = packed((5, 470))
+    qkv_ = qkv(tokens)
+    one = qkv_[learns].requires_grad_()
+    attend(*qkv_, tokens, wanted=wanted)[0].square().sum().backward()
+    assert one.grad is not None
+    got, one.grad = one.grad, None
+    naive(*qkv_, tokens)[0].square().sum().backward()
+    close(got, one.grad)
 
 
 def test_the_window_counts_original_positions() -> None:

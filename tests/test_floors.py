@@ -18,7 +18,7 @@ LONGEST = 400
 
 # From the ground up; a module may import from floors below its own, and from its own room. The longest prefix counts.
 FLOORS = [
-    ["errors", "timing"],
+    ["errors", "timing", "memory"],
     ["packed", "tasks", "report", "measure.layer"],
     ["exported.directory", "proposals"],
     ["exported.sessions"],

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from thresher.explanation import explain
     from thresher.exported.runner import Runner
     from thresher.exported.writing import export
+    from thresher.memory import keep_memory
     from thresher.methods.ase import ASE
     from thresher.methods.length_adaptive import LengthAdaptive
     from thresher.methods.ltp import LTP, RelativeThreshold, RisingThreshold
@@ -34,6 +35,7 @@ _HOME = {
     "explanation": ("explain",),
     "exported.runner": ("Runner",),
     "exported.writing": ("export",),
+    "memory": ("keep_memory",),
     "methods.ase": ("ASE",),
     "methods.length_adaptive": ("LengthAdaptive",),
     "methods.ltp": ("LTP", "RelativeThreshold", "RisingThreshold"),
@@ -70,6 +72,7 @@ __all__ = [
     "export",
     "fit",
     "keep_everything",
+    "keep_memory",
     "load",
     "policy_of",
     "post_train",

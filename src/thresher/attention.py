@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thresher import cuda
-from thresher.cpu import attend_by_head, heads_apart
+from thresher.cpu import attend_by_head, heads_apart, memory_for
 from thresher.packed import Layout, PackedTokens, being_exported, on_cuda
 from thresher.timing import mark
 
@@ -171,24 +171,35 @@ def _row_by_row(
     wanted: Wanted,
     position_bias: PositionBias | None,
 ) -> tuple[Tensor, Evidence]:
+    learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    constant = not (learns or dropout or wanted.full or being_exported())
+    sizes = tokens.layout.sizes
+    # Taken once for all rows: from one row to the next the system would take it back and clear it again.
+    context = query.new_empty(query.shape[1], len(query), value.shape[-1]) if constant else None
+    places = [None] * len(sizes) if context is None else context.split(sizes)
+    memory: Tensor | None = None
     gathered = _Gathered(wanted)
-    outputs = []
-    constant = dropout == 0.0 and not (torch.is_grad_enabled() and query.requires_grad) and not being_exported()
-    for q, k, v, row in _rows(query, key, value, tokens):
+    outputs: list[Tensor] = []
+    for (q, k, v, row), place in zip(_rows(query, key, value, tokens), places, strict=True):
         bias = _bias(row, window, position_bias, q.dtype)
-        read = gathered.row(row) if wanted else None
-        if constant and not wanted.full and heads_apart(q, q.shape[1], probabilities=bool(wanted)):
-            out = attend_by_head(q, k, v, scale, bias, None if read is None else read.heads)
-        elif read is not None:
+        read = gathered.row(row).heads if wanted else None
+        if place is not None and heads_apart(q, q.shape[1], probabilities=bool(wanted)):
+            memory = memory_for(query, sizes) if memory is None else memory
+            attend_by_head(q, k, v, scale, memory, place.transpose(0, 1), bias, read)
+            continue
+        if read is not None:
             out, probabilities = _materialised(q, k, v, bias, scale, dropout)
-            read.heads(probabilities)
+            read(probabilities)
         else:
             mask = None if bias is None else bias.expand(bias.shape[0], q.shape[1], q.shape[1]).unsqueeze(0)
             out = F.scaled_dot_product_attention(
                 q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), attn_mask=mask, dropout_p=dropout, scale=scale
             ).squeeze(0)
-        outputs.append(out.transpose(0, 1))
-    return _join(outputs), gathered.evidence()
+        if place is not None:
+            place.copy_(out.transpose(0, 1))
+        else:
+            outputs.append(out.transpose(0, 1))
+    return (_join(outputs) if context is None else context), gathered.evidence()
 
 
 @dataclass(frozen=True)
@@ -360,10 +371,11 @@ def _segment_sums(probabilities: Tensor, queries: Tensor) -> Tensor:
 
 def _diagonal_blocks(probabilities: Tensor, size: int) -> Tensor:
     """[ceil(n / b), h, b, b] from [h, n, n]; zero beyond n."""
-    n = probabilities.shape[-1]
-    count = -(-n // size)
-    if count * size != n:
-        pad = count * size - n
-        probabilities = F.pad(probabilities, (0, pad, 0, pad))
-    tiles = probabilities.view(-1, count, size, count, size)
-    return tiles.diagonal(dim1=1, dim2=3).permute(3, 0, 1, 2).contiguous()
+    heads, n, _ = probabilities.shape
+    whole, rest = divmod(n, size)
+    out = probabilities.new_zeros(whole + (rest > 0), heads, size, size)
+    tiles = probabilities[:, : whole * size, : whole * size].unflatten(1, (whole, size)).unflatten(3, (whole, size))
+    out[:whole] = tiles.diagonal(dim1=1, dim2=3).permute(3, 0, 1, 2)
+    if rest:
+        out[whole, :, :rest, :rest] = probabilities[:, whole * size :, whole * size :]
+    return out

@@ -1,31 +1,37 @@
 """Attention on the CPU with its probabilities in sight, a few heads at a time.
 
-All heads of a long row at once fill the caches several times over, and torch multiplies them with MKL, which on processors
-that are not Intel's falls to a fraction of its speed there. As many heads at a time as there are threads keep their maps in the
-cache while evidence is read from them: evidence then costs little, and memory is a few n x n maps instead of one for each head.
+All heads of a long row at once fill the caches several times over, and memory of that size goes back to the system after each
+layer and is faulted in again, which takes longer than the products. So a few maps are computed into the same memory over
+and over, small enough to be still in the cache while evidence is read from them: evidence then costs little, and memory is
+a few n x n maps instead of one for each head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from thresher.linears import fast_kernels, has_onednn
 
-# Measured with 12 heads of 32: below, one product for all heads wins; above PLAIN, one thread also beats the flash kernel.
-PROBABILITIES_FROM = 192
-PLAIN_FROM = 448
+# Measured with 12 heads of 32, up to two threads. In large products oneDNN beats the batched ones, which torch gives to MKL, by
+# more than a call for each head costs; it has no batched one to offer, so that many threads have too little to share.
+ALONE_FROM = {1: 208, 2: 352}
+PLAIN_FROM = {1: 240, 2: 48}  # from here on the flash kernel is slower even where nobody asks for probabilities
+TOGETHER = 2**18  # probabilities at a time, 1 MB
 
 
 def heads_apart(query: Tensor, n: int, *, probabilities: bool) -> bool:
     """Whether `attend_by_head` is the fastest way for a row of n tokens. query: any tensor of the call."""
-    if n < PROBABILITIES_FROM or query.device.type != "cpu" or query.dtype is not torch.float32:
+    if query.device.type != "cpu" or query.dtype is not torch.float32 or not fast_kernels():
         return False
-    if not (has_onednn() and fast_kernels()):
-        return False
-    return probabilities or (n >= PLAIN_FROM and torch.get_num_threads() == 1)
+    return probabilities or (has_onednn() and n >= PLAIN_FROM.get(torch.get_num_threads(), n + 1))
+
+
+def memory_for(query: Tensor, sizes: Sequence[int]) -> Tensor:
+    """What `attend_by_head` works in, for rows of these sizes one after the other. query: [H, ..., d]."""
+    return query.new_empty(2, max(_together(len(query), n) * n * n for n in sizes))
 
 
 def attend_by_head(
@@ -33,45 +39,58 @@ def attend_by_head(
     key: Tensor,
     value: Tensor,
     scale: float,
+    memory: Tensor,
+    out: Tensor,
     bias: Tensor | None = None,
     on_heads: Callable[[Tensor], object] | None = None,
-) -> Tensor:
+) -> None:
     """One row's attention without gradients.
 
-    query, key, value: [H, n, d] float32. bias: [1 or H, 1 or n, n], added to the logits. on_heads: called with the
-    probabilities [h, n, n] of some heads after others, which it may read but not keep.
-    Returns the context [H, n, d].
+    query, key, value: [H, n, d] float32. memory: of `memory_for`. out: [H, n, d], where the context goes. bias: [1 or H, 1 or
+    n, n], added to the logits. on_heads: called with the probabilities [h, n, n] of some heads after others, which it may
+    read but not keep.
     """
-    together = min(torch.get_num_threads(), len(query))
-    times, weighed = (_times, _weighed) if together == 1 else (_all_times, torch.bmm)
-    query = (query * scale).contiguous()
-    out = torch.empty_like(query)
-    for start in range(0, len(query), together):
-        heads = slice(start, start + together)
-        logits = times(query[heads], key[heads])
+    heads, n, _ = query.shape
+    together = _together(heads, n)
+    multiply = _one_head if _alone(n) else _some_heads
+    query, key, columns = query * scale, key, value.transpose(1, 2)
+    if _alone(n):
+        query, key, columns = query.contiguous(), key.contiguous(), columns.contiguous()
+    logits, probabilities = (part[: together * n * n].view(together, n, n) for part in memory)
+    for start in range(0, heads, together):
+        some = slice(start, min(start + together, heads))
+        here = some.stop - start
+        found = multiply(query[some], key[some], logits[:here])
         if bias is not None:
-            logits += bias[heads] if len(bias) > 1 else bias
-        probabilities = torch.softmax(logits, -1)
+            found += bias[some] if len(bias) > 1 else bias
+        weights = torch.softmax(found, -1, out=probabilities[:here])
         if on_heads is not None:
-            on_heads(probabilities)
-        out[heads] = weighed(probabilities, value[heads])
-    return out
+            on_heads(weights)
+        out[some] = multiply(weights, columns[some])
 
 
-def _all_times(query: Tensor, key: Tensor) -> Tensor:
-    return torch.bmm(query, key.transpose(1, 2))
+def _alone(n: int) -> bool:
+    """Whether one head at a time is the fastest."""
+    return has_onednn() and n >= ALONE_FROM.get(torch.get_num_threads(), n + 1)
 
 
-def _times(query: Tensor, key: Tensor) -> Tensor:
-    """The same for one head, through oneDNN."""
-    logits: Tensor = torch.ops.mkldnn._linear_pointwise(query[0], key[0].contiguous(), None, "none", [], "")
-    return logits.unsqueeze(0)
+def _together(heads: int, n: int) -> int:
+    """How many heads to compute at a time."""
+    if _alone(n):
+        return 1
+    threads = torch.get_num_threads()
+    return min(heads, max(round(TOGETHER / n**2 / threads), 1) * threads)
 
 
-def _weighed(probabilities: Tensor, value: Tensor) -> Tensor:
-    columns = value[0].t().contiguous()
-    context: Tensor = torch.ops.mkldnn._linear_pointwise(probabilities[0], columns, None, "none", [], "")
-    return context.unsqueeze(0)
+def _some_heads(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+    """[h, n, m], [h, k, m] → [h, n, k], in `out` where it is given."""
+    return torch.bmm(x, y.transpose(1, 2)) if out is None else torch.bmm(x, y.transpose(1, 2), out=out)
 
 
-__all__ = ["attend_by_head", "heads_apart"]
+def _one_head(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+    """The same for h = 1, through oneDNN and in memory of its own."""
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(x[0], y[0], None, "none", [], "")
+    return found.unsqueeze(0)
+
+
+__all__ = ["attend_by_head", "heads_apart", "memory_for"]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 
+from thresher.memory import keep_memory
+
 # The packages of the extra, by the names they are imported by.
 EXTRA = ("typer", "rich", "jinja2", "matplotlib", "datasets", "accelerate", "sklearn", "scipy")
 
 
 def main() -> None:
     """The console script. Without the packages it needs it says so in one sentence and exits with 1."""
+    keep_memory()
     try:
         from thresher.cli.commands import app
 
