@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import thresher
 from commands import WORDS, call, fails, ok, write_rows
 from helpers import build, config_of, tokenizer
+from thresher.frontier import Frontier, Point
 from thresher.model import attachment_of, policy_of
 
 QUICK = ("--stage", "epochs=1", "--stage", "batch_size=16", "--precision", "float32", "--evaluations", "24")
@@ -69,6 +71,24 @@ def test_one_saved_model_serves_every_point(place: Path) -> None:
         assert found["thresher"]["R4@1"] == pytest.approx(point["quality"])
         assert found["speedup"] == pytest.approx(point["speedup"])
     fails("evaluate", place / "ase", place / "valid.jsonl", "--speedup", 99, match="nearest", status=2)
+
+
+def test_a_point_is_explained_and_exported(place: Path, tmp_path: Path) -> None:
+    model = thresher.load(place / "ase")
+    notes = attachment_of(model).notes
+    layers = len(notes["frontier"][0]["retention"])
+    points = (Point((1.0,) * layers, 1.0, 1.0), Point((0.5,) * layers, 2.0, 0.5))
+    notes["frontier"] = Frontier(points).to_list()
+    model.save_pretrained(tmp_path / "two")
+    for file in (place / "ase").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "two")
+    text = ("--text", "\n".join(" ".join(WORDS[i : i + 6]) for i in range(4)), "--pair", " ".join(WORDS[:6]))
+    whole, half = (ok("explain", tmp_path / "two", *text, "--speedup", x)["maps"][0]["kept"] for x in (1, 2))
+    assert half < whole
+    found = [ok("export", tmp_path / "two", tmp_path / f"graph-{x}", "--speedup", x) for x in (1, 2)]
+    rows = [ok("evaluate", one["directory"], place / "valid.jsonl")["speedup"] for one in found]
+    assert rows[0] == pytest.approx(1.0, abs=0.05)
+    assert rows[1] > rows[0]
 
 
 def test_candidates_are_answered_in_their_order(place: Path, tmp_path: Path) -> None:

@@ -65,6 +65,14 @@ def text(*numbers: int) -> str:
     return " ".join(f"w{number}" for number in numbers)
 
 
+@pytest.mark.parametrize("max_length", [12, 16, 40])
+def test_texts_are_what_is_read(max_length: int) -> None:
+    rows = rows_of(row([text(10, 11), text(12, 13, 14)], [text(20), text(*range(21, 29))]), row([text(15)], [text(16)]))
+    task = ResponseTask(max_length)
+    ids = task.encode(rows, TOKENIZER).rows["input_ids"]
+    assert [TOKENIZER(*pair)["input_ids"] for pair in task.texts(rows, TOKENIZER)] == list(ids)
+
+
 # --- layout ----------------------------------------------------------------------------------------------------------
 
 

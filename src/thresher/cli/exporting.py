@@ -12,6 +12,7 @@ from thresher.cli.gains import checked_rows
 from thresher.cli.options import (
     DATA,
     OUTPUT,
+    AtSpeedup,
     Column,
     Json,
     MaxLength,
@@ -50,6 +51,7 @@ def export(
             rich_help_panel=OUTPUT,
         ),
     ] = None,
+    speedup: AtSpeedup = None,
     column: Column = None,
     max_length: MaxLength = None,
     limit: Annotated[
@@ -72,7 +74,7 @@ def export(
     import thresher
     from thresher.cli.models import open_in_float32
 
-    opened = open_in_float32(directory)
+    opened = open_in_float32(directory, speedup=speedup)
     rows = _rows(opened, data, columns, limit, seed, max_length)
     notice(
         f"Writing {directory} as a graph and checking it on {f'{count(len(rows))} rows' if rows else 'random tokens'}"

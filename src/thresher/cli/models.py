@@ -125,9 +125,9 @@ def open_model(name: str, device: str, *, plain_is_news: bool = True, speedup: f
     return Opened(model, _tokenizer(model, path), work)
 
 
-def open_in_float32(name: str) -> Opened:
+def open_in_float32(name: str, *, speedup: float | None = None) -> Opened:
     """The model on the CPU in float32, whatever it was saved in: what is quantized and exported."""
-    opened = open_model(name, "cpu")
+    opened = open_model(name, "cpu", speedup=speedup)
     if (dtype := find_encoder(opened.model).dtype) is not torch.float32:
         notice(f"{name} was saved in {str(dtype).removeprefix('torch.')} and is computed in float32 here")
         opened.model.float()

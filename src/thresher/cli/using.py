@@ -108,6 +108,7 @@ def explain(
     text: Texts = None,
     pair: Pairs = None,
     max_length: MaxLength = None,
+    speedup: AtSpeedup = None,
     html: Annotated[
         Path | None,
         typer.Option(help="Write a page with a slider for the layer.", metavar="FILE", rich_help_panel=OUTPUT),
@@ -131,12 +132,12 @@ def explain(
     from thresher.explanation import explain as token_maps
     from thresher.report.tokens import to_html
 
-    opened = open_model(directory, place)
-    rows = _given(text, pair)
+    opened = open_model(directory, place, speedup=speedup)
+    rows = opened.work.unlabelled(_given(text, pair))
     limit = opened.limit(max_length)
     # Encoded here as well, for what it says of cut and empty texts.
     opened.work.encode(rows, opened.tokenizer, limit, labels=False)
-    texts = [tuple(row.values()) for row in rows]
+    texts = opened.work.texts(rows, opened.tokenizer, limit)
     maps = token_maps(opened.model, opened.tokenizer, texts, limit)
     shown: list[RenderableType] = [TokenMapView(one) for one in maps]
     if html is not None:

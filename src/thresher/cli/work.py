@@ -102,6 +102,10 @@ class Work:
         """What each answer to unlabelled `rows` is about."""
         return [" | ".join(map(str, row.values())) for row in rows]
 
+    def texts(self, rows: datasets.Dataset, tokenizer: Any, limit: int) -> list[tuple[str, ...]]:
+        """Of each answer to unlabelled `rows` the text or the pair that is read, for a token map."""
+        return [tuple(row.values()) for row in rows]
+
     def encode(
         self, rows: datasets.Dataset, tokenizer: Any, limit: int, *, labels: bool, training: bool = False
     ) -> EncodedRows:
@@ -260,6 +264,9 @@ class ResponseWork(Work):
 
     def shown(self, rows: datasets.Dataset) -> list[str]:
         return [f"{row['context'][-1]} | {candidate}" for row in rows for candidate in row["candidates"]]
+
+    def texts(self, rows: datasets.Dataset, tokenizer: Any, limit: int) -> list[tuple[str, ...]]:
+        return list(replace(self.response, max_length=limit).texts(rows, tokenizer))
 
     def _encode(self, rows: datasets.Dataset, tokenizer: Any, limit: int, labels: bool, training: bool) -> EncodedRows:
         encoded = replace(self.response, max_length=limit).encode(rows, tokenizer, negatives=1 if training else None)

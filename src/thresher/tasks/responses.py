@@ -145,6 +145,20 @@ class ResponseTask:
             unanswered += sum(1 not in one.labels for one in picked)
         return EncodedDialogues(datasets.concatenate_datasets(made), self.max_length, truncated, empty, unanswered)
 
+    def texts(self, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+        """Of every pair that `encode` makes of unlabelled rows the two texts, as far as they are read."""
+        frame = PairFrame.of(tokenizer, self.eos, self.max_length)
+        found = []
+        for group, row in enumerate(dialogues(rows, labelled=False)):
+            picked = self._picked(group, row["context"], row["candidates"], row["labels"], None, 0)
+            context = " ".join(f"{text} {self.eos}" for text in picked.context)
+            starts = [start for start, _ in _offsets(tokenizer, context)]
+            for response in picked.responses:
+                ends = [end for _, end in _offsets(tokenizer, response)][: frame.longest]
+                kept = min(len(starts), frame.room - len(ends))
+                found.append((context[starts[-kept] :], response[: ends[-1] if ends else 0]))
+        return found
+
     def _picked(
         self,
         group: int,
@@ -282,6 +296,11 @@ class PairFrame:
             outside = [-1] * (len(ids) - len(self.before) - kept)
             features["utterance"] = [-1] * len(self.before) + numbers[-kept:] + outside
         return features, kept < len(context) or len(answer) < len(response)
+
+
+def _offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return found["offset_mapping"]  # type: ignore[no-any-return]
 
 
 def _drawn(labels: list[int], negatives: int, seed: str) -> list[int]:
