@@ -189,6 +189,21 @@ def test_a_gradient_reaches_whichever_of_them_learns(learns: int, wanted: Wanted
     close(got, one.grad)
 
 
+@pytest.mark.parametrize("lengths", [(30, 30), (30, 400)], ids=str)
+def test_learning_in_bfloat16_is_learning(lengths: Sequence[int]) -> None:
+    tokens = packed(lengths)
+    exact = [x.requires_grad_() for x in qkv(tokens)]
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    naive(*exact, tokens)[0].square().sum().backward()
+    context, _ = attend(*rounded, tokens)
+    assert context.dtype is torch.bfloat16
+    context.float().square().sum().backward()
+    for wanted, got in zip(exact, rounded, strict=True):
+        assert wanted.grad is not None
+        assert got.grad is not None
+        assert float((got.grad - wanted.grad).norm() / wanted.grad.norm()) < 0.02
+
+
 def test_the_window_counts_original_positions() -> None:
     tokens = packed((6, 3), gaps=3)
     q, k, v = qkv(tokens)

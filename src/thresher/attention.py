@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thresher import cuda
-from thresher.cpu import attend_by_head, heads_apart, memory_for
+from thresher.cpu import attend_by_head, heads_apart, learns_from_probabilities, memory_for
 from thresher.packed import Layout, PackedTokens, being_exported, on_cuda
+from thresher.tiles import diagonal_tiles
 from thresher.timing import mark
 
 
@@ -33,12 +34,12 @@ class Wanted:
     detached: bool = False
 
     @property
-    def probabilities(self) -> bool:
-        """Whether the n x n probabilities have to exist for a moment."""
-        return self.mass or self.diagonal or self.by_segment or self.full
+    def received(self) -> bool:
+        """Whether something is summed over queries."""
+        return self.mass or self.diagonal or self.by_segment
 
     def __bool__(self) -> bool:
-        return self.probabilities or self.block > 0
+        return self.received or self.full or self.block > 0
 
 
 NOTHING = Wanted()
@@ -97,13 +98,24 @@ def attend(
     """
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     layout = tokens.layout
-    if on_cuda(query) and not (wanted.block or wanted.full):
+    if on_cuda(query) and not wanted.full:
         return _on_cuda(query, key, value, tokens, scale, dropout, window, wanted, position_bias)
     plain = tokens.log_weight is None and window is None and position_bias is None
     alike = len(set(layout.sizes)) == 1
-    if plain and not wanted and alike and not heads_apart(query, layout.sizes[0], probabilities=False):
+    if plain and not wanted and alike and not _by_probabilities(query, key, value, layout.sizes[0]):
         return _equal_lengths(query, key, value, layout, scale, dropout), NO_EVIDENCE
     return _row_by_row(query, key, value, tokens, scale, dropout, window, wanted, position_bias)
+
+
+def _learn(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _by_probabilities(query: Tensor, key: Tensor, value: Tensor, n: int) -> bool:
+    """Whether rows of n tokens are faster one by one through their probabilities, which nobody wants to read."""
+    if _learn(query, key, value):
+        return learns_from_probabilities(query, n)
+    return heads_apart(query, n, probabilities=False)
 
 
 def _on_cuda(
@@ -126,25 +138,30 @@ def _on_cuda(
     flash = unbiased and dropout == 0.0 and not (wanted and teaches) and cuda.fits(query, scale, window)
     if flash and (window is None or layout.unbroken):  # the kernel counts a window in places of the batch
         context, lse = cuda.flash(query, key, value, layout, scale, window)
-        if not wanted:
-            return context, NO_EVIDENCE
-        found = cuda.received(
-            query, key, lse, tokens, scale, window=window, diagonal=wanted.diagonal, by_segment=wanted.by_segment
-        )
-        return context, _only(wanted, found)
+        found = blocks = None
+        if wanted.received:
+            found = cuda.received(
+                query, key, lse, tokens, scale, window=window, diagonal=wanted.diagonal, by_segment=wanted.by_segment
+            )
+        if wanted.block:
+            blocks = cuda.diagonal_blocks(query, key, lse, layout, wanted.block, scale, window)
+        return context, _only(wanted, found, blocks)
     if not wanted and window is None and unbiased and len(set(layout.sizes)) == 1:
         return _equal_lengths(query, key, value, layout, scale, dropout), NO_EVIDENCE
-    weights = cuda.query_weights(tokens, wanted.by_segment) if wanted else None
-    context, sums, own = cuda.attend_padded(
-        query, key, value, tokens, scale, dropout, window, weights, wanted.diagonal, position_bias
+    weights = cuda.query_weights(tokens, wanted.by_segment) if wanted.received else None
+    context, sums, own, blocks = cuda.attend_padded(
+        query, key, value, tokens, scale, dropout, window, weights, wanted.diagonal, position_bias, wanted.block
     )
     if weights is None or sums is None:
-        return context, NO_EVIDENCE
-    return context, _only(wanted, cuda.means(sums, own, weights, layout, len(query)))
+        return context, _only(wanted, None, blocks)
+    return context, _only(wanted, cuda.means(sums, own, weights, layout, len(query)), blocks)
 
 
-def _only(wanted: Wanted, found: cuda.Received) -> Evidence:
-    return Evidence(mass=found.mass if wanted.mass else None, diagonal=found.diagonal, by_segment=found.by_segment)
+def _only(wanted: Wanted, found: cuda.Received | None, blocks: Tensor | None) -> Evidence:
+    if found is None:
+        return NO_EVIDENCE if blocks is None else Evidence(blocks=blocks)
+    mass = found.mass if wanted.mass else None
+    return Evidence(mass=mass, diagonal=found.diagonal, by_segment=found.by_segment, blocks=blocks)
 
 
 def _equal_lengths(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, dropout: float) -> Tensor:
@@ -171,7 +188,7 @@ def _row_by_row(
     wanted: Wanted,
     position_bias: PositionBias | None,
 ) -> tuple[Tensor, Evidence]:
-    learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    learns = _learn(query, key, value, tokens.log_weight)
     constant = not (learns or dropout or wanted.full or being_exported())
     sizes = tokens.layout.sizes
     # Taken once for all rows: from one row to the next the system would take it back and clear it again.
@@ -182,16 +199,18 @@ def _row_by_row(
     outputs: list[Tensor] = []
     for (q, k, v, row), place in zip(_rows(query, key, value, tokens), places, strict=True):
         bias = _bias(row, window, position_bias, q.dtype)
+        n = q.shape[1]
         read = gathered.row(row).heads if wanted else None
-        if place is not None and heads_apart(q, q.shape[1], probabilities=bool(wanted)):
+        if place is not None and heads_apart(q, n, probabilities=bool(wanted)):
             memory = memory_for(query, sizes) if memory is None else memory
             attend_by_head(q, k, v, scale, memory, place.transpose(0, 1), bias, read)
             continue
-        if read is not None:
+        if read is not None or (learns and learns_from_probabilities(q, n)):
             out, probabilities = _materialised(q, k, v, bias, scale, dropout)
-            read(probabilities)
+            if read is not None:
+                read(probabilities)
         else:
-            mask = None if bias is None else bias.expand(bias.shape[0], q.shape[1], q.shape[1]).unsqueeze(0)
+            mask = None if bias is None else bias.expand(bias.shape[0], n, n).unsqueeze(0)
             out = F.scaled_dot_product_attention(
                 q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), attn_mask=mask, dropout_p=dropout, scale=scale
             ).squeeze(0)
@@ -320,7 +339,7 @@ class _RowEvidence:
         if wanted.by_segment:
             self._add(self.queried, _segment_sums(probabilities, self._queries(probabilities.dtype)))
         if wanted.block:
-            self.tiles.append(_diagonal_blocks(probabilities, wanted.block))
+            self.tiles.append(diagonal_tiles(probabilities, wanted.block))
         if wanted.full:
             self.maps.append(probabilities)
         mark("evidence")
@@ -367,15 +386,3 @@ def _segment_sums(probabilities: Tensor, queries: Tensor) -> Tensor:
     if torch.is_autocast_enabled(probabilities.device.type):
         return (probabilities.sum(0) * queries.unsqueeze(2)).sum(1)
     return queries.repeat(1, len(probabilities)) @ probabilities.reshape(-1, probabilities.shape[-1])
-
-
-def _diagonal_blocks(probabilities: Tensor, size: int) -> Tensor:
-    """[ceil(n / b), h, b, b] from [h, n, n]; zero beyond n."""
-    heads, n, _ = probabilities.shape
-    whole, rest = divmod(n, size)
-    out = probabilities.new_zeros(whole + (rest > 0), heads, size, size)
-    tiles = probabilities[:, : whole * size, : whole * size].unflatten(1, (whole, size)).unflatten(3, (whole, size))
-    out[:whole] = tiles.diagonal(dim1=1, dim2=3).permute(3, 0, 1, 2)
-    if rest:
-        out[whole, :, :rest, :rest] = probabilities[:, whole * size :, whole * size :]
-    return out

@@ -20,6 +20,7 @@ from thresher.linears import fast_kernels, has_onednn
 ALONE_FROM = {1: 208, 2: 352}
 PLAIN_FROM = {1: 240, 2: 48}  # from here on the flash kernel is slower even where nobody asks for probabilities
 TOGETHER = 2**18  # probabilities at a time, 1 MB
+LEARNING_TO = 384  # probabilities of a longer row are too many to keep for the backward pass
 
 
 def heads_apart(query: Tensor, n: int, *, probabilities: bool) -> bool:
@@ -27,6 +28,12 @@ def heads_apart(query: Tensor, n: int, *, probabilities: bool) -> bool:
     if query.device.type != "cpu" or query.dtype is not torch.float32 or not fast_kernels():
         return False
     return probabilities or (has_onednn() and n >= PLAIN_FROM.get(torch.get_num_threads(), n + 1))
+
+
+def learns_from_probabilities(query: Tensor, n: int) -> bool:
+    """Whether training on a row of n tokens is fastest with its probabilities kept: the flash kernel's backward in bfloat16
+    takes a third of a step. query: any tensor of the call."""
+    return query.device.type == "cpu" and query.dtype is torch.bfloat16 and n <= LEARNING_TO
 
 
 def memory_for(query: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -93,4 +100,4 @@ def _one_head(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     return found.unsqueeze(0)
 
 
-__all__ = ["attend_by_head", "heads_apart", "memory_for"]
+__all__ = ["attend_by_head", "heads_apart", "learns_from_probabilities", "memory_for"]
