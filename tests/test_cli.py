@@ -47,7 +47,7 @@ QUICK = ("--stage", "epochs=1", "--stage", "batch_size=32", "--precision", "floa
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of every kind, the rows they are used on, and one model that was fitted."""
     root = tmp_path_factory.mktemp("cli")
-    heads = {"clf": ("sequence", 2), "value": ("sequence", 1), "base": ("base", 2), "qa": ("question-answering", 2)}
+    heads = {"clf": ("sequence", 2), "value": ("sequence", 1), "base": ("base", 2), "tagger": ("token", 2)}
     for name, (head, labels) in heads.items():
         build(config_of("bert", 2, num_labels=labels), head).save_pretrained(root / name)
         tokenizer().save_pretrained(root / name)
@@ -255,7 +255,7 @@ def test_bench(place: Path) -> None:
     assert "stock, sorted" in shown
 
 
-@pytest.mark.parametrize("name", ["qa", "base"])
+@pytest.mark.parametrize("name", ["tagger", "base"])
 def test_bench_and_explain_take_any_head(place: Path, name: str) -> None:
     assert ok("bench", place / name, place / "rows.jsonl", "--batch-size", 8, "--rounds", 1)["flops"] == 1.0
     assert ok("explain", place / name, "--text", "w5", "--pair", "w6 w7")["maps"][0]["kept"] == 6
@@ -490,8 +490,15 @@ def test_bad_models(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     fails("evaluate", tmp_path, data, match=r"no config\.json")
     fails("evaluate", place / "gpt", data, match="'gpt2'.* is not supported")
     fails("fit", place / "gpt", data, "--out", tmp_path / "o", match="'gpt2'.* is not supported")
-    fails("fit", place / "qa", data, "--out", tmp_path / "o", match="BertForQuestionAnswering, which has no head for")
-    fails("evaluate", place / "qa", data, match="neither a classifier")
+    fails(
+        "fit",
+        place / "tagger",
+        data,
+        "--out",
+        tmp_path / "o",
+        match="BertForTokenClassification, which has no head for",
+    )
+    fails("evaluate", place / "tagger", data, match="neither a classifier")
     fails("fit", place / "base", data, "--no-labels", "--out", tmp_path / "o", match="no trained head")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     fails("predict", "no-such/model-anywhere", "--text", "w5", match="no local directory, and the hub did not")

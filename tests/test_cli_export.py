@@ -25,7 +25,7 @@ from thresher.model import attachment_of
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 
-HEADS = {"clf": ("sequence", 2), "value": ("sequence", 1), "qa": ("question-answering", 2)}
+HEADS = {"clf": ("sequence", 2), "value": ("sequence", 1), "tagger": ("token", 2)}
 POLICY = thresher.AttentionMass(retention=(0.7, 0.4))
 
 
@@ -237,7 +237,7 @@ def test_bench_an_exported_directory(place: Path) -> None:
 
 
 def test_bench_one_exported_directory_against_another(place: Path, tmp_path: Path) -> None:
-    ok("export", place / "qa", tmp_path / "dense")
+    ok("export", place / "tagger", tmp_path / "dense")
     words = ("bench", place / "graph", place / "rows.jsonl", "--rounds", 1, "--limit", 4)
     said = ok(*words, "--against", tmp_path / "dense")
     assert said["against"]["directory"] == str(tmp_path / "dense")
@@ -397,7 +397,7 @@ def test_what_cannot_be_exported_leaves_nothing(place: Path, tmp_path: Path) -> 
     fails("export", place / "saved", out, tmp_path / "none.jsonl", match="There is no file or directory")
     fails("export", tmp_path / "none", out, match="There is no directory")
     fails("quantize", place / "saved", out, tmp_path / "none.jsonl", match="There is no file or directory")
-    fails("quantize", place / "qa", out, rows, match="neither a classifier")
+    fails("quantize", place / "tagger", out, rows, match="neither a classifier")
     assert not out.parent.exists()
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from thresher.errors import OptionError
 from thresher.model import attachment_of, evaluating, find_encoder
@@ -16,17 +15,26 @@ from thresher.tasks.features import DEFAULT_MAX_LENGTH
 
 TITLE_LENGTH = 60
 LONGEST_SPAN = 30  # tokens of an extracted answer
+DROPPED = -9e3  # a logit this low is that of a dropped token
 SHOWN_TAGS = 8
 
 Text = str | tuple[str, ...]
 
 
-def explain(model: Any, tokenizer: Any, texts: Sequence[Text], max_length: int | None = None) -> list[TokenMap]:
-    """What an attached model read of each text, with its answer as the note.
+def explain(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[Text],
+    max_length: int | None = None,
+    *,
+    threshold: float | None = None,
+) -> list[TokenMap]:
+    """What an attached model read of each text, with its answer as the note; an answer that is a piece of the text is marked.
 
     model: a classifier, regressor, span or token model, a SentenceTransformer or a CrossEncoder, attached.
     texts: single texts, or pairs as tuples. tokenizer: the model's own, a fast one, since surface text needs offsets.
     max_length: tokens read at most; None for what the tokenizer says the model reads, but at most 512.
+    threshold: of a span model, by how much "no answer" must score above the best answer to be given; None: never.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise OptionError("Token maps need a fast tokenizer (a tokenizer.json beside the model), which knows offsets.")
@@ -47,8 +55,9 @@ def explain(model: Any, tokenizer: Any, texts: Sequence[Text], max_length: int |
             with tracing(record=True) as traces:
                 outputs = encoder(**encoded.to(encoder.device))
             dropped = [layer or None for layer in traces[-1].dropped_at()[0].tolist()]
-            note = answer(outputs, encoder.config, pieces, sequence_ids)
-            maps.append(TokenMap(_title(sides), tuple(pieces), tuple(dropped), layers, note))
+            note = answer(outputs, encoder.config, pieces, sequence_ids, threshold)
+            place = _span(outputs, sequence_ids, threshold) if "start_logits" in outputs else None
+            maps.append(TokenMap(_title(sides), tuple(pieces), tuple(dropped), layers, note, place))
     return maps
 
 
@@ -57,10 +66,19 @@ def _title(sides: list[str]) -> str:
     return title if len(title) <= TITLE_LENGTH else title[: TITLE_LENGTH - 1].rstrip() + "…"
 
 
-def answer(outputs: Any, config: Any, pieces: Sequence[str], sequence_ids: Sequence[int | None]) -> str:
+def answer(
+    outputs: Any,
+    config: Any,
+    pieces: Sequence[str],
+    sequence_ids: Sequence[int | None],
+    threshold: float | None = None,
+) -> str:
     """What the model says about one row, in words: a class and its probability, a value, an answer span, tags, or nothing."""
     if "start_logits" in outputs:
-        return _span(outputs["start_logits"][0], outputs["end_logits"][0], pieces, sequence_ids)
+        place = _span(outputs, sequence_ids, threshold)
+        if place is None:
+            return "" if threshold is None else "no answer"
+        return "".join(pieces[slice(*place)]).strip()
     if "logits" not in outputs:
         return ""
     logits, names = outputs["logits"][0].float(), config.id2label
@@ -78,13 +96,17 @@ def answer(outputs: Any, config: Any, pieces: Sequence[str], sequence_ids: Seque
     return f"{names[int(number)]}, {float(probability):.2f}"
 
 
-def _span(start: Tensor, end: Tensor, pieces: Sequence[str], sequence_ids: Sequence[int | None]) -> str:
-    """The best answer inside the context: the last text of the row."""
+def _span(outputs: Any, sequence_ids: Sequence[int | None], threshold: float | None) -> tuple[int, int] | None:
+    """[first, end) of the best answer inside the context, the last text of the row; None where there is none to give."""
     context = max((side for side in sequence_ids if side is not None), default=None)
+    start, end = outputs["start_logits"][0].float(), outputs["end_logits"][0].float()
     outside = torch.tensor([context is None or side != context for side in sequence_ids], device=start.device)
-    if outside.all():
-        return ""
-    scores = start.float().masked_fill(outside, -1e9)[:, None] + end.float().masked_fill(outside, -1e9)[None, :]
+    outside |= (start <= DROPPED) | (end <= DROPPED)
+    scores = start.masked_fill(outside, -torch.inf)[:, None] + end.masked_fill(outside, -torch.inf)[None, :]
     allowed = torch.ones_like(scores, dtype=torch.bool).triu().tril(LONGEST_SPAN - 1)
-    first, last = divmod(int(scores.masked_fill(~allowed, -1e12).argmax()), len(pieces))
-    return "".join(pieces[first : last + 1]).strip()
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    best = float(scores.max())
+    if best == -torch.inf or (threshold is not None and float(start[0] + end[0]) - best > threshold):
+        return None
+    first, last = divmod(int(scores.argmax()), len(sequence_ids))
+    return first, last + 1

@@ -223,6 +223,8 @@ def _profiles(
 def _tokenising(opened: Opened, texts: datasets.Dataset, limit: int) -> Callable[[], object]:
     """What makes token ids of the texts once more."""
     names = ["text", "text_pair"] if "text_pair" in texts.column_names and opened.work.kind != "embedding" else ["text"]
+    if opened.work.kind == "qa":
+        names = ["question", "context"]
     given = [["" if value is None else str(value) for value in texts[name][:]] for name in names]
     return lambda: opened.tokenizer(*given, truncation=True, max_length=limit)
 

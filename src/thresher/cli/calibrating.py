@@ -82,7 +82,7 @@ def calibrate(
     if config is not None:
         if out is None:
             raise OptionError("--method attaches a policy that DIR was not saved with; give --out for the result.")
-        thresher.attach(opened.model, config)
+        thresher.attach(opened.model, opened.work.fitting(config, opened.tokenizer))
     elif not opened.has_policy:
         raise OptionError(
             f"{directory} has no method to calibrate; give one that needs no training (--method attention-mass --out DIR), or "
@@ -91,7 +91,7 @@ def calibrate(
     target = out or Path(directory)
     directory_to_write(target)
     columns = assignments(column, "--column")
-    rows = read_rows(data, split="test", limit=limit, seed=seed)
+    rows = read_rows(data, split="test", limit=limit, seed=seed, kind=opened.work.kind)
     work = work.settled(rows, columns)
     attachment_of(opened.model).notes["task"] = work.notes()
     encoded = opened.encode(rows, columns, max_length=max_length)

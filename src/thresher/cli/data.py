@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import datasets
@@ -12,6 +13,7 @@ from thresher.errors import DataError
 from thresher.tasks import corpus
 from thresher.tasks.data import load_rows
 from thresher.tasks.dialogues import load_dialogues
+from thresher.tasks.questions import load_questions
 
 HELD_OUT = 0.1
 
@@ -34,7 +36,8 @@ def read_rows(
     labelled: bool = True,
 ) -> datasets.Dataset:
     """The rows of `spec`; a limit draws them with `seed`. split: for the built-in corpus, when `spec` names none. kind: the
-    task, where that is known: dialogues have file formats of their own, and labels unless not `labelled`."""
+    task, where that is known: dialogues and questions have file formats of their own, and dialogues labels unless not
+    `labelled`."""
     name, named = source_and_split(spec)
     if name == corpus.NAME and named is None:
         named = split
@@ -42,6 +45,8 @@ def read_rows(
     drawn = {"split": named, "limit": limit, "seed": None if limit is None else seed}
     if kind == "response":
         return load_dialogues(name, **drawn, labelled=labelled)  # type: ignore[arg-type]
+    if kind == "qa":
+        return load_questions(name, **drawn, labelled=None if labelled else False)  # type: ignore[arg-type]
     return load_rows(name, **drawn)  # type: ignore[arg-type]
 
 
@@ -51,11 +56,35 @@ def holds_dialogues(rows: datasets.Dataset) -> bool:
     return "context" in there and bool({"candidates", "positives"} & there)
 
 
+def holds_questions(rows: datasets.Dataset) -> bool:
+    """Whether rows are questions with passages and answers to learn from."""
+    return {"question", "context", "answers"} <= set(rows.column_names)
+
+
 def hold_out(rows: datasets.Dataset, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Training rows, and the tenth of them that is kept back."""
+    """Training rows, and the tenth of them that is kept back; of questions about passages, those about a tenth of these, more
+    or less: who learned from a passage would know it."""
     if len(rows) < 2:
         raise DataError("One row cannot be divided into training and validation rows; give --validation FILE.")
     count = max(1, round(len(rows) * HELD_OUT))
-    notice(f"No --validation: {count:,} of the {len(rows):,} rows are held out (seed {seed})")
     order = np.random.default_rng(seed).permutation(len(rows))
+    if holds_questions(rows):
+        order, count = _by_passage(rows["context"], order, count)
+    notice(f"No --validation: {count:,} of the {len(rows):,} rows are held out (seed {seed})")
     return rows.select(sorted(order[count:])), rows.select(sorted(order[:count]))
+
+
+def _by_passage(contexts: Iterable[str], order: np.ndarray, count: int) -> tuple[np.ndarray, int]:
+    """The same order, but with all questions about a passage where the first of them stands; and how many of the first ones
+    are at least `count` of them about whole passages, and leave some."""
+    rows: dict[str, list[int]] = {}
+    texts = list(contexts)
+    for number in order.tolist():
+        rows.setdefault(texts[number], []).append(number)
+    if len(rows) < 2:
+        raise DataError(
+            "Questions about one passage cannot be divided into training and validation rows; give --validation."
+        )
+    ends = np.cumsum([len(numbers) for numbers in rows.values()])
+    kept = min(int(np.searchsorted(ends, count)), len(ends) - 2)
+    return np.array([number for numbers in rows.values() for number in numbers]), int(ends[kept])

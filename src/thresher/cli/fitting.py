@@ -92,7 +92,8 @@ def fit(
     metric: Annotated[
         str | None,
         typer.Option(
-            help="accuracy (default), f1 or matthews; spearman (default), pearson or mse; cosine.", rich_help_panel=DATA
+            help="accuracy (default), f1 or matthews; spearman (default), pearson or mse; cosine; f1 (default) or exact_match.",
+            rich_help_panel=DATA,
         ),
     ] = None,
     max_length: MaxLength = None,

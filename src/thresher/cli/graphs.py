@@ -46,14 +46,14 @@ class OpenedGraph:
     ) -> Run:
         """As of a model; a graph knows no batches."""
         outputs = self.runner.run(feeds(rows), on_done=on_done)
-        return Run(np.stack([output.answer for output in outputs]), (), self.runner.speedup(outputs))
+        return Run(_stacked([output.answer for output in outputs]), (), self.runner.speedup(outputs))
 
     def text_work(self) -> Work:
         """The task. Raises OptionError for a model whose answers no command can score."""
         if self.work.kind == "other":
             raise OptionError(
-                f"{self.runner.path} is neither a classifier, a regressor nor a sentence embedder; thresher bench takes it, "
-                "and thresher.Runner does from Python."
+                f"{self.runner.path} neither a classifier, a regressor, a question answerer nor a sentence embedder; "
+                "thresher bench takes it, and thresher.Runner does from Python."
             )
         return self.work
 
@@ -103,6 +103,14 @@ def feeds(rows: datasets.Dataset) -> list[Row]:
     """Encoded rows as a runner takes them."""
     columns = [name for name in ("input_ids", "token_type_ids") if name in rows.column_names]
     return rows.select_columns(columns).to_list()  # type: ignore[no-any-return]
+
+
+def _stacked(answers: list[np.ndarray]) -> np.ndarray:
+    """[n, ...]; of answers to every token [n, N, C], with NaN beyond a row's tokens, as `measure.run.run` has them."""
+    if answers[0].ndim < 2:
+        return np.stack(answers)
+    widest = max(map(len, answers))
+    return np.stack([np.pad(a, ((0, widest - len(a)), (0, 0)), constant_values=np.nan) for a in answers])
 
 
 def _guessed(runner: Runner) -> Work:

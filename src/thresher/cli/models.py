@@ -12,13 +12,21 @@ import datasets
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    set_seed,
+)
 
 import thresher
 from thresher import checkpoint
 from thresher.backbones import FAMILIES
 from thresher.checkpoint import SETTINGS
-from thresher.cli.data import holds_dialogues
+from thresher.cli.data import holds_dialogues, holds_questions
+from thresher.cli.question_work import QuestionWork, no_answer
 from thresher.cli.screen import notice
 from thresher.cli.work import EmbeddingWork, ResponseWork, TextWork, Work
 from thresher.errors import CheckpointError, OptionError
@@ -26,12 +34,14 @@ from thresher.exported.directory import is_exported
 from thresher.measure import run as running
 from thresher.measure.run import Run
 from thresher.model import attachment_of, find_encoder
+from thresher.tasks.answering import QuestionTask
 from thresher.tasks.features import DEFAULT_MAX_LENGTH, EncodedRows
 from thresher.tasks.responses import ResponseTask, prepare
 from thresher.tasks.text import TextTask, canonical
 
 BUILT_IN = "minilm"
 PROBABILITY = "multi_label_classification"  # of one label: what transformers learns by binary cross-entropy
+ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")  # 0 lets training use the fast kernels too
 NEW_HEAD = (None, "MaskedLM", "PreTraining")  # checkpoints without a trained head for any task
 
 T = TypeVar("T")
@@ -100,8 +110,8 @@ class Opened:
         """The task. Raises OptionError for a model whose answers no command can score."""
         if self.work.kind == "other":
             raise OptionError(
-                f"{type(self.model).__name__} is neither a classifier, a regressor nor a sentence embedder; thresher bench and "
-                "thresher explain take it, and thresher.attach() does from Python."
+                f"{type(self.model).__name__} neither a classifier, a regressor, a question answerer nor a sentence "
+                "embedder; thresher bench and thresher explain take it, and thresher.attach() does from Python."
             )
         return self.work
 
@@ -159,6 +169,8 @@ def open_start(
     trained = _head(config) == "SequenceClassification"
     if kind == "response" or (kind is None and holds_dialogues(rows)):
         return _selector(path, config, device, metric, columns, max_length)
+    if kind == "qa" or (kind is None and holds_questions(rows)):
+        return _answerer(path, config, device, rows, metric, columns, max_length)
     if config.model_type in FAMILIES and not trained and _head(config) not in NEW_HEAD:
         raise OptionError(
             f"{name} is a {config.architectures[0]}, which has no head for {kind or 'classification or regression'}; give a "
@@ -197,6 +209,37 @@ def _selector(
     thresher.attach(model.eval().to(device))
     work = ResponseWork(columns, max_length or _pair_length(model), measure=metric or "R@1")
     return Opened(model, tokenizer, work), not trained
+
+
+def _answerer(
+    path: str,
+    config: Any,
+    device: str,
+    rows: datasets.Dataset,
+    metric: str | None,
+    columns: dict[str, str],
+    max_length: int | None,
+) -> tuple[Opened, bool]:
+    """A model that answers by a span, of a checkpoint that does or of an encoder."""
+    if _head(config) not in (*NEW_HEAD, "QuestionAnswering"):
+        raise OptionError(
+            f"The checkpoint is a {config.architectures[0]}, whose head finds no answers; give a question-answering "
+            "checkpoint, or an encoder without a head."
+        )
+    threshold = no_answer(rows)
+    config.num_labels = 2  # start and end
+    for name in ATTENTION_DROPOUT:
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    model = _load(path, lambda: AutoModelForQuestionAnswering.from_pretrained(path, config=config))
+    thresher.attach(model.eval().to(device))
+    work = QuestionWork(columns, max_length or _window_length(model), measure=metric or "f1", threshold=threshold)
+    return Opened(model, _tokenizer(model, path), work), _head(config) != "QuestionAnswering"
+
+
+def _window_length(model: Any) -> int:
+    """Tokens of a question and a part of its passage: as on SQuAD, or what the model can read."""
+    return min(QuestionTask().max_length, reach(model))
 
 
 def _pair_length(model: Any) -> int:
@@ -312,6 +355,8 @@ def _guessed(model: Any) -> Work:
     config = find_encoder(model).config
     if hasattr(model, "encode"):
         return EmbeddingWork()
+    if _head(config) == "QuestionAnswering":
+        return QuestionWork(max_length=_window_length(model), open=True)
     if _head(config) != "SequenceClassification":
         return Work()
     if _selects(config):

@@ -16,7 +16,7 @@ from thresher.errors import OptionError, nearest
 TARGET, DATA, METHOD, TRAINING, OUTPUT = "Target (one of them)", "Data", "Method", "Training", "Output"
 SEARCH = "Search"
 
-Kind = Literal["classification", "regression", "embedding", "response"]
+Kind = Literal["classification", "regression", "embedding", "response", "qa"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 DataSource = Annotated[

@@ -104,7 +104,7 @@ def search(
     from thresher.searching import search as find
 
     opened = _opened(directory, place, config)
-    rows = read_rows(data, split="test", limit=limit, seed=seed)
+    rows = read_rows(data, split="test", limit=limit, seed=seed, kind=opened.work.kind)
     work = opened.text_work().settled(rows, columns)
     attachment_of(opened.model).notes["task"] = work.notes()
     encoded = opened.encode(rows, columns, max_length=max_length)
@@ -156,7 +156,7 @@ def _opened(directory: str, place: str, config: PolicyConfig | None) -> Opened:
 
     opened = open_model(directory, place, plain_is_news=config is None)
     if config is not None:
-        thresher.attach(opened.model, config)
+        thresher.attach(opened.model, opened.work.fitting(config, opened.tokenizer))
     elif not opened.has_policy:
         raise OptionError(
             f"{directory} has no method to search for; give one that needs no training (--method attention-mass --out DIR), or "

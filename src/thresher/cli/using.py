@@ -67,7 +67,7 @@ def predict(
     device: Device = "auto",
     as_json: Json = False,
 ) -> Result:
-    """Answer rows or texts: label and probability, value, or embedding.
+    """Answer rows or texts: label and probability, value, embedding, or a piece of the passage.
 
     [bold]thresher predict faster --text "A film that never ends."[/]
     """
@@ -86,19 +86,20 @@ def predict(
     rows = work.unlabelled(rows)
     texts = work.shown(rows)
     encoded = work.encode(rows, opened.tokenizer, opened.limit(max_length), labels=False)
-    with progress("predicting", len(rows)) as done:
+    with progress("predicting", len(encoded.rows)) as done:
         after = opened.answer(encoded.rows, batch_size=batch_size, on_done=done)
-    said = work.answers(after.predictions)
+    said = work.answers(after.predictions, encoded)
     if out is not None:
         _write(out, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in said))
         return Result(
             {"file": str(out), "rows": len(said), "speedup": after.speedup},
             [f"Wrote {count(len(said))} answers to {out}."],
         )
-    shown = [(_short(one), *map(_cell, answer.values())) for one, answer in zip(texts, said, strict=True)]
+    columns = [name for name in said[0] if name != "n_best"]
+    shown = [(_short(one), *(_cell(answer[name]) for name in columns)) for one, answer in zip(texts, said, strict=True)]
     return Result(
         {"predictions": said, "speedup": after.speedup},
-        [table(f"{count(len(said))} answers", ("text", *said[0]), shown)],
+        [table(f"{count(len(said))} answers", ("text", *columns), shown)],
     )
 
 
@@ -129,6 +130,7 @@ def explain(
     place = place_of(device)
 
     from thresher.cli.models import open_model
+    from thresher.cli.question_work import QuestionWork
     from thresher.explanation import explain as token_maps
     from thresher.report.tokens import to_html
 
@@ -138,7 +140,8 @@ def explain(
     # Encoded here as well, for what it says of cut and empty texts.
     opened.work.encode(rows, opened.tokenizer, limit, labels=False)
     texts = opened.work.texts(rows, opened.tokenizer, limit)
-    maps = token_maps(opened.model, opened.tokenizer, texts, limit)
+    threshold = opened.work.threshold if isinstance(opened.work, QuestionWork) else None
+    maps = token_maps(opened.model, opened.tokenizer, texts, limit, threshold=threshold)
     shown: list[RenderableType] = [TokenMapView(one) for one in maps]
     if html is not None:
         _write(html, to_html(maps, f"What {directory} read"))

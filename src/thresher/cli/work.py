@@ -12,6 +12,7 @@ import numpy as np
 from thresher.cli.screen import notice
 from thresher.errors import CheckpointError, OptionError, nearest
 from thresher.policy import PolicyConfig
+from thresher.tasks.answering import EncodedQuestions
 from thresher.tasks.data import map_columns
 from thresher.tasks.dialogues import dialogues
 from thresher.tasks.features import EncodedRows, encode_texts
@@ -26,14 +27,18 @@ RANKING = ("R@1", "MAP", "MRR", "P@1")
 
 @dataclass(frozen=True)
 class Truth:
-    """What answers are judged by. groups: the dialogue that each row belongs to, where rows are candidates."""
+    """What answers are judged by. groups: the dialogue that each row belongs to, where rows are candidates. questions: what
+    the rows are windows of, where they are; labels are then the texts that are right for each question."""
 
     labels: Sequence[Any]
     groups: Sequence[int] | None = None
+    questions: EncodedQuestions | None = None
 
     @classmethod
     def of(cls, encoded: EncodedRows) -> Truth | None:
         """That of encoded rows; None where they have no labels."""
+        if isinstance(encoded, EncodedQuestions):
+            return None if encoded.accepted is None else cls(encoded.accepted, questions=encoded)
         rows = encoded.rows
         if "labels" not in rows.column_names:
             return None
@@ -67,6 +72,8 @@ class Work:
     @staticmethod
     def from_notes(notes: Mapping[str, Any], *, file: str = "thresher.json", again: str = "fit") -> Work:
         """file, again: what an error calls the file of the notes, and what makes it."""
+        from thresher.cli.kinds import KINDS
+
         try:
             made: Work = KINDS.get(notes["kind"], Work)._noted(notes)
             return made
@@ -140,8 +147,8 @@ class Work:
         """How alike two sets of answers to the same rows are: agreement, or pearson, or cosine."""
         return {"cosine": agreement(predictions, reference)["cosine"]}
 
-    def answers(self, predictions: np.ndarray) -> list[dict[str, Any]]:
-        """Each answer as plain values, by name."""
+    def answers(self, predictions: np.ndarray, encoded: EncodedRows) -> list[dict[str, Any]]:
+        """Each answer to `encoded` rows as plain values, by name."""
         return [{"embedding": row.tolist()} for row in predictions]
 
 
@@ -213,7 +220,7 @@ class TextWork(Work):
             return {"pearson": self.text.metrics(predictions, reference.reshape(-1))["pearson"]}
         return {"agreement": float((predictions.argmax(-1) == reference.argmax(-1)).mean())}
 
-    def answers(self, predictions: np.ndarray) -> list[dict[str, Any]]:
+    def answers(self, predictions: np.ndarray, encoded: EncodedRows) -> list[dict[str, Any]]:
         if self.kind == "regression":
             return [{"value": float(value)} for value in predictions.reshape(-1)]
         import torch
@@ -300,13 +307,5 @@ class ResponseWork(Work):
     def alike(self, predictions: np.ndarray, reference: np.ndarray) -> Scores:
         return {"agreement": float(((predictions > 0) == (reference > 0)).mean())}
 
-    def answers(self, predictions: np.ndarray) -> list[dict[str, Any]]:
+    def answers(self, predictions: np.ndarray, encoded: EncodedRows) -> list[dict[str, Any]]:
         return [{"probability": float(p)} for p in 1.0 / (1.0 + np.exp(-predictions.reshape(-1).astype(np.float64)))]
-
-
-KINDS: dict[str, type[Work]] = {
-    "classification": TextWork,
-    "embedding": EmbeddingWork,
-    "regression": TextWork,
-    "response": ResponseWork,
-}

@@ -26,7 +26,8 @@ class TokenMap:
     """One input as the model read it.
 
     `tokens` are the surface pieces in order (see `surface_tokens`); `dropped_at[i]` is the layer, counted from 1,
-    at which token `i` was dropped, or None when it was read to the end; `note` is a remark such as "positive, .98".
+    at which token `i` was dropped, or None when it was read to the end; `note` is a remark such as "positive, .98";
+    `answer` is [first, end) of the tokens that are the answer, where the answer is a piece of the text.
     """
 
     title: str
@@ -34,6 +35,7 @@ class TokenMap:
     dropped_at: tuple[int | None, ...]
     layers: int
     note: str = ""
+    answer: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.dropped_at):
@@ -43,6 +45,11 @@ class TokenMap:
         if self.layers < 1 or any(d is not None and not 1 <= d <= self.layers for d in self.dropped_at):
             raise ThresherError(f"A token map's tokens are dropped at a layer from 1 to {self.layers}, or None (kept).")
 
+        if self.answer is not None and not 0 <= self.answer[0] < self.answer[1] <= len(self.tokens):
+            raise ThresherError(
+                f"A token map's answer is [first, end) of its {len(self.tokens)} tokens, not {self.answer}."
+            )
+
     @property
     def kept(self) -> int:
         """How many tokens were read to the end."""
@@ -51,12 +58,14 @@ class TokenMap:
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring tokens that went at the same layer; `gap` is the white space before them, never shaded."""
+    """Neighbouring tokens that went at the same layer, all inside the answer or all outside; `gap` is the white space
+    before them, never shaded."""
 
     gap: str
     body: str
     dropped_at: int | None
     count: int
+    answer: bool = False
 
 
 def surface_tokens(
@@ -100,13 +109,15 @@ def runs(token_map: TokenMap) -> list[Run]:
     """The map as stretches of text with one fate each, safe to print."""
     found: list[Run] = []
     carried = ""  # white space at a run's end belongs to the gap before the next
-    for layer, group in groupby(zip(token_map.dropped_at, token_map.tokens, strict=True), key=lambda pair: pair[0]):
+    first, end = token_map.answer or (0, 0)
+    fates = [(layer, first <= i < end) for i, layer in enumerate(token_map.dropped_at)]
+    for (layer, answer), group in groupby(zip(fates, token_map.tokens, strict=True), key=lambda pair: pair[0]):
         pieces = [piece for _, piece in group]
         text = carried + "".join(pieces).translate(_STAND_INS)
         body = text.strip()
         gap = text[: len(text) - len(text.lstrip())]
         carried = text[len(gap) + len(body) :]
-        found.append(Run(gap, body, layer, len(pieces)))
+        found.append(Run(gap, body, layer, len(pieces), answer))
     return found
 
 
@@ -116,12 +127,15 @@ def shade(dropped_at: int | None, layers: int) -> float:
 
 
 def to_plain(token_map: TokenMap) -> str:
-    """The map without colours: kept words as they are, `[2:words]` for those dropped at layer 2."""
-    shown = [run for run in runs(token_map) if run.body or run.gap]
-    return "".join(
-        run.gap + (run.body if run.dropped_at is None or not run.body else f"[{run.dropped_at}:{run.body}]")
-        for run in shown
-    )
+    """The map without colours: kept words as they are, `[2:words]` for those dropped at layer 2, the answer in `«»`."""
+    parts, inside = [], False
+    for run in runs(token_map):
+        if inside and not run.answer:
+            parts.append("»")
+        parts.append(run.gap + ("«" if run.answer and not inside else ""))
+        parts.append(run.body if run.dropped_at is None or not run.body else f"[{run.dropped_at}:{run.body}]")
+        inside = run.answer
+    return "".join([*parts, "»"] if inside else parts)
 
 
 def _terminal_style(dropped_at: int | None, layers: int) -> str:
@@ -132,13 +146,13 @@ def _terminal_style(dropped_at: int | None, layers: int) -> str:
 
 
 def to_terminal(token_map: TokenMap) -> Text:
-    """The map for a rich console: kept tokens bold, dropped ones the dimmer the earlier they went."""
+    """The map for a rich console: kept tokens bold, dropped ones the dimmer the earlier they went, the answer underlined."""
     with needs("rich"):
         from rich.text import Text
     text = Text()
     for run in runs(token_map):
         text.append(run.gap)
-        text.append(run.body, _terminal_style(run.dropped_at, token_map.layers))
+        text.append(run.body, _terminal_style(run.dropped_at, token_map.layers) + (" underline" if run.answer else ""))
     return text
 
 

@@ -45,6 +45,24 @@ def load_rows(
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
+def local_file(source: str | Path, split: str | None = None) -> Path | None:
+    """The file that holds a split of a source, as `load_rows` looks it up; None for what is no file or directory here.
+
+    Raises:
+        DataError: the directory has no such split, or a split is asked of a file.
+    """
+    path = Path(source).expanduser()
+    root = os.environ.get(DATA_VARIABLE)
+    for place in (path, Path(root).expanduser() / path) if root else (path,):
+        if place.is_file():
+            if split is not None:
+                raise DataError(f"{place} is one file, so there is no split '{split}' in it: leave the split out.")
+            return place
+        if place.is_dir():
+            return _split_file(place, split)
+    return None
+
+
 def map_columns(rows: datasets.Dataset, mapping: Mapping[str, str]) -> datasets.Dataset:
     """Rename columns to the names a task expects.
 
@@ -73,22 +91,17 @@ def _find(source: str | Path, split: str | None) -> datasets.Dataset:
     if source == corpus.NAME:
         sections = corpus.python_docs(split)
         return datasets.Dataset.from_list([{"id": s.id, "topic": s.topic, "text": s.text} for s in sections])
-    path = Path(source).expanduser()
-    root = os.environ.get(DATA_VARIABLE)
-    for place in (path, Path(root).expanduser() / path) if root else (path,):
-        if place.is_file():
-            if split is not None:
-                raise DataError(f"{place} is one file, so there is no split '{split}' in it: leave the split out.")
-            return read_file(place)
-        if place.is_dir():
-            return _read_split(place, split)
+    file = local_file(source, split)
+    if file is not None:
+        return read_file(file)
     if isinstance(source, Path) or _looks_local(source):
+        path, root = Path(source).expanduser(), os.environ.get(DATA_VARIABLE)
         meant = Path(root).expanduser() / path if root and not path.parent.is_dir() else path
         raise DataError(f"There is no file or directory {path}{_beside(meant)}")
     return _from_hub(source, split)
 
 
-def _read_split(folder: Path, split: str | None) -> datasets.Dataset:
+def _split_file(folder: Path, split: str | None) -> Path:
     files: dict[str, Path] = {}
     for suffix in SUFFIXES:  # in order of preference, should one split lie there in two formats
         for file in sorted(folder.glob("*" + suffix)):
@@ -100,7 +113,7 @@ def _read_split(folder: Path, split: str | None) -> datasets.Dataset:
     name = split if split is not None else next(iter(files))
     if name not in files:
         raise DataError(f"The directory {folder} has no split '{name}'; it has {', '.join(sorted(files))}.")
-    return read_file(files[name])
+    return files[name]
 
 
 def _from_hub(name: str, split: str | None) -> datasets.Dataset:

@@ -1,0 +1,267 @@
+"""The layouts in which questions about passages are published, read into one form that is not yet checked."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import string
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from thresher.errors import DataError
+
+SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
+"""The endings of files that `read_questions` reads."""
+
+NOWHERE = -1
+"""The start of an answer that is accepted but does not stand in the context (MRQA, HotpotQA)."""
+
+
+@dataclass
+class RawQuestion:
+    """A question as a file holds it: nothing here is known to be what it should be.
+
+    Attributes:
+        place: what an error calls it where it has no id: "line 7", "question 3".
+        id, question, context: texts, if all is well; the id may be None.
+        answers: pairs of a text and its start; None where the file says nothing of answers.
+        evidence: [start, end) in the context; None where the file says nothing of evidence.
+        problem: what is wrong with it, if that showed before; a sentence without its subject and its full stop.
+    """
+
+    place: str
+    id: Any = None
+    question: Any = None
+    context: Any = None
+    answers: list[tuple[Any, Any]] | None = None
+    evidence: list[Any] | None = None
+    problem: str = ""
+
+
+def read_questions(path: Path) -> Iterator[RawQuestion]:
+    """The questions of a file, in order, one at a time.
+
+    Layouts: SQuAD's (1.1 and 2.0: data, paragraphs, qas); one object a line or a list of objects, each a question with
+    question, context and answers {text, answer_start}, a passage with qas (MRQA), or a question with supporting_facts
+    (HotpotQA).
+
+    Raises:
+        DataError: the file cannot be read, is cut short, or is in none of these layouts.
+    """
+    if ".jsonl" in path.name.lower():
+        return _of_objects(path, _parsed_lines(path), "line")
+    content = _whole(path)
+    try:
+        found = json.loads(content)
+    except (json.JSONDecodeError, RecursionError) as error:
+        if _is_object(content.lstrip().split("\n", 1)[0]):  # a .json file of one object a line
+            return _of_objects(path, _parsed_lines(path), "line")
+        raise DataError(f"{path} {_invalid(error)}; is the file whole?") from error
+    if isinstance(found, dict) and "data" in found:
+        return _squad(path, found["data"])
+    if isinstance(found, dict):
+        found = [found]
+    if not isinstance(found, list):
+        raise DataError(f"{path} holds a {type(found).__name__}, where questions are expected.")
+    return _of_objects(path, enumerate(found, start=1), "question")
+
+
+def raw_question(place: str, row: Mapping[str, Any]) -> RawQuestion:
+    """A row of its own columns: question and context, and id, answers and evidence where they are there."""
+    raw = RawQuestion(place, row.get("id"), row.get("question"), row.get("context"))
+    raw.answers, raw.problem = _answers(row.get("answers"))
+    raw.evidence = row.get("evidence")
+    return raw
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------
+
+
+def _of_objects(path: Path, objects: Iterable[tuple[int, Any]], unit: str) -> Iterator[RawQuestion]:
+    """Objects with their numbers; one that is a DataError could not be parsed."""
+    for number, found in objects:
+        place = f"{unit} {number}"
+        if isinstance(found, DataError):
+            yield RawQuestion(place, problem=str(found))
+        elif not isinstance(found, dict):
+            yield RawQuestion(place, problem=f"is a {type(found).__name__}, where an object is expected")
+        elif "header" in found and "context" not in found:
+            continue
+        elif "qas" in found:
+            yield from _mrqa(place, found)
+        elif "supporting_facts" in found:
+            yield _hotpot(place, found)
+        elif "paragraphs" in found:
+            yield from _squad(path, [found])
+        else:
+            yield raw_question(place, found)
+
+
+def _squad(path: Path, articles: Any) -> Iterator[RawQuestion]:
+    number = 0
+    for article in _list(path, articles, "data"):
+        for paragraph in _list(path, _field(path, article, "paragraphs"), "paragraphs"):
+            context = _field(path, paragraph, "context")
+            for qa in _list(path, _field(path, paragraph, "qas"), "qas"):
+                number += 1
+                raw = RawQuestion(f"question {number}", problem="is no object")
+                if isinstance(qa, dict):
+                    raw = RawQuestion(f"question {number}", qa.get("id"), qa.get("question"), context)
+                    impossible = qa.get("is_impossible", False)
+                    raw.answers, raw.problem = ([], "") if impossible else _answers(qa.get("answers"))
+                yield raw
+
+
+def _mrqa(place: str, row: dict[str, Any]) -> Iterator[RawQuestion]:
+    """The ends of MRQA's spans are included, and all of `answers` count as right, also those detected nowhere."""
+    for qa in row["qas"] if isinstance(row["qas"], list) else [None]:
+        if not isinstance(qa, dict):
+            yield RawQuestion(place, problem="holds a question that is no object")
+            continue
+        raw = RawQuestion(place, qa.get("qid", qa.get("id")), qa.get("question"), row.get("context"))
+        if "answers" in qa or "detected_answers" in qa:
+            try:
+                raw.answers = _detected(raw.context, qa.get("detected_answers") or [], qa.get("answers") or [])
+            except (KeyError, TypeError, ValueError):
+                raw.problem = "has detected_answers that are no list of {text, char_spans}"
+        yield raw
+
+
+def _detected(context: Any, detected: list[Any], accepted: list[Any]) -> list[tuple[Any, Any]]:
+    found: list[tuple[Any, Any]] = []
+    for answer in detected:
+        for start, last in answer["char_spans"]:
+            text = context[start : last + 1]
+            # The text of an answer may differ from the passage in case and spacing; what stands there is the answer.
+            found.append((text if _loose(text) == _loose(answer["text"]) else answer["text"], start))
+    there = {text for text, _ in found}
+    return found + [(text, NOWHERE) for text in dict.fromkeys(accepted) if text not in there]
+
+
+def _loose(text: str) -> str:
+    return re.sub(rf"[\s{re.escape(string.punctuation)}]+", "", text).casefold()
+
+
+def _hotpot(place: str, row: dict[str, Any]) -> RawQuestion:
+    """The paragraphs one below the other, each after its title; the answer where the supporting sentences first have it.
+
+    "yes", "no" and others that do not stand in the passage are accepted answers that stand nowhere.
+    """
+    raw = RawQuestion(place, row.get("_id", row.get("id")), row.get("question"))
+    try:
+        paragraphs = _pairs(row["context"], "title", "sentences")
+        facts = {(title, number) for title, number in _pairs(row["supporting_facts"], "title", "sent_id")}
+        raw.context, sentences = _joined(paragraphs)
+        raw.evidence = [[start, end] for name, start, end in sentences if name in facts]
+        if "answer" in row:
+            raw.answers = [(row["answer"], _first(raw.context, row["answer"], raw.evidence))]
+    except (KeyError, TypeError, ValueError):
+        raw.problem = "has no context of titles and sentences with supporting_facts, as HotpotQA writes it"
+    return raw
+
+
+def _pairs(value: Any, first: str, second: str) -> list[tuple[Any, Any]]:
+    """HotpotQA's own lists of pairs, or the two lists that the hub makes of them."""
+    if isinstance(value, dict):
+        return list(zip(value[first], value[second], strict=True))
+    return [(one, other) for one, other in value]
+
+
+def _joined(paragraphs: Sequence[tuple[str, Sequence[str]]]) -> tuple[str, list[tuple[tuple[str, int], int, int]]]:
+    """The passage, and each sentence's (title, number), start and end in it."""
+    parts: list[str] = []
+    sentences = []
+    length = 0
+    for title, texts in paragraphs:
+        parts.append(("\n" if parts else "") + title + ": ")
+        length += len(parts[-1])
+        for number, text in enumerate(texts):
+            sentences.append(((title, number), length, length + len(text)))
+            parts.append(text)
+            length += len(text)
+    return "".join(parts), [one for one in sentences if one[1] < one[2]]
+
+
+def _first(context: str, answer: str, evidence: list[Any]) -> int:
+    """Where the answer stands as words of its own, in the evidence if it does."""
+    whole = re.compile(rf"(?<!\w){re.escape(answer)}(?!\w)")
+    for start, end in [*evidence, (0, len(context))]:
+        if answer and (found := whole.search(context, start, end)):
+            return found.start()
+    return NOWHERE
+
+
+def _answers(value: Any) -> tuple[list[tuple[Any, Any]] | None, str]:
+    """Answers as pairs, from a list of {text, answer_start} or from two lists; or what is wrong with them."""
+    if value is None:
+        return None, ""
+    try:
+        if isinstance(value, dict):
+            return list(zip(value["text"], value["answer_start"], strict=True)), ""
+        return [(one["text"], one["answer_start"]) for one in value], ""
+    except (KeyError, TypeError, ValueError):
+        return [], "has answers that are neither two lists, text and answer_start, nor a list of objects with these two"
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def _field(path: Path, found: Any, name: str) -> Any:
+    if not isinstance(found, dict) or name not in found:
+        raise DataError(f"{path} is not in SQuAD's layout: an object without '{name}' stands where one is expected.")
+    return found[name]
+
+
+def _list(path: Path, found: Any, name: str) -> list[Any]:
+    if not isinstance(found, list):
+        raise DataError(f"{path} is not in SQuAD's layout: '{name}' is a {type(found).__name__}, not a list.")
+    return found
+
+
+def _whole(path: Path) -> str:
+    content = "\n".join(line for _, line in _lines(path))
+    if not content:
+        raise DataError(f"{path} is empty.")
+    return content
+
+
+def _parsed_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in _lines(path):
+        try:
+            yield number, json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            yield number, DataError(_invalid(error))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, with their numbers; one at a time, because these files are large."""
+    number = 0
+    try:
+        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                if line.strip():
+                    yield number, line
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, line {number}: the text is not UTF-8.") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {str(error).rstrip('.')}.") from error
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+
+
+def _invalid(error: Exception) -> str:
+    what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+    return f"is not valid JSON ({what})"
+
+
+__all__ = ["NOWHERE", "SUFFIXES", "RawQuestion", "raw_question", "read_questions"]
