@@ -26,6 +26,10 @@ class CheckpointError(ThresherError):
     """A saved directory is incomplete, corrupted or belongs to another model."""
 
 
+class StoreError(ThresherError):
+    """A candidate store is damaged, busy or made for another model, or what was to go in or out of it is wrong."""
+
+
 class TargetError(ThresherError):
     """A calibration target cannot be met."""
 

@@ -1,0 +1,307 @@
+"""The candidate store, as it is used."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from thresher.errors import StoreError
+from thresher.pairs.store import manifest as manifests
+from thresher.pairs.store import writing
+from thresher.pairs.store.coding import Array, encode, listed, refuse
+from thresher.pairs.store.files import Lock
+from thresher.pairs.store.manifest import Manifest
+from thresher.pairs.store.schema import Schema, extra_fields
+from thresher.pairs.store.view import Candidates, View, load
+
+IDS_AT_ONCE = 4096
+
+
+class CandidateStore:
+    """Candidates on disk, by id: vectors [k, dim] and extra arrays of each. Made by `create` or `open`.
+
+    One writer, many readers, in any number of processes and threads. A handle sees the state that was committed when it was
+    opened, and a newer one after `refresh`. The first change makes it the writer (after a refresh) until it is closed or its
+    process ends; another one that tries to change the store meanwhile gets a StoreError at once. Every change is committed
+    as a whole when its method returns, and not at all when it raises: add thousands at a time rather than one by one.
+
+    Every method raises StoreError where a file is damaged, missing or cannot be read or written.
+    """
+
+    def __init__(self, view: View, lock: Lock | None = None) -> None:
+        self._view: View | None = view
+        self._lock = lock
+        self._one_at_a_time = threading.RLock()
+        self.directory = view.directory
+
+    # Opening and closing.
+
+    @classmethod
+    def create(
+        cls,
+        directory: Any,
+        *,
+        fingerprint: str,
+        strategy: str,
+        k: int,
+        dim: int,
+        dtype: str = "float16",
+        ragged: bool = False,
+        extras: Mapping[str, tuple[tuple[int, ...], str]] | None = None,
+    ) -> CandidateStore:
+        """An empty store in `directory`, which is made where it is not there; the handle is its writer.
+
+        fingerprint: which model the vectors are of; strategy: how it made them. Both are compared when the store is opened.
+        k, dim: every candidate has vectors [k, dim]; ragged: [n, dim] with its own n from 1 to k.
+        dtype: what the vectors are kept in: float32, float16, or int8 with one scale per vector.
+        extras: further arrays of every candidate, {name: (shape, dtype)}; dtype as above, or int32 or int64.
+
+        Raises StoreError: a setting that cannot be, or a store that is there already.
+        """
+        schema = Schema(fingerprint, strategy, k, dim, dtype, ragged, extra_fields(extras))
+        path = Path(directory)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"Could not create {path}: {error.strerror or error}.") from error
+        lock = Lock(path)
+        try:
+            if manifests.exists(path):
+                raise StoreError(f"{path} holds a candidate store already; open it, or remove it first.")
+            manifests.sweep(path, None)
+            return cls(writing.start(path, Manifest(schema)), lock)
+        except BaseException:
+            lock.release()
+            raise
+
+    @classmethod
+    def open(
+        cls,
+        directory: Any,
+        fingerprint: str | None = None,
+        *,
+        strategy: str | None = None,
+        k: int | None = None,
+        dim: int | None = None,
+        dtype: str | None = None,
+    ) -> CandidateStore:
+        """The store in `directory`, at its last committed state; in milliseconds, whatever its size.
+
+        What is given besides must be what it was created with. The sizes of its files are checked, their content by `verify`.
+        Raises StoreError.
+        """
+        view = load(Path(directory), {})
+        expected = {"fingerprint": fingerprint, "strategy": strategy, "k": k, "dim": dim, "dtype": dtype}
+        names = view.schema.differences(expected)
+        if names:
+            has = ", ".join(f"{name} {getattr(view.schema, name)!r}" for name in names)
+            needed = ", ".join(f"{name} {expected[name]!r}" for name in names)
+            raise StoreError(
+                f"{view.directory} was made with {has}, not {needed}; index the candidates again, or use what it was made with."
+            )
+        return cls(view)
+
+    def close(self) -> None:
+        """Let the next writer in, and drop the files. Arrays that were read stay good."""
+        with self._one_at_a_time:
+            self._view = None
+            if self._lock is not None:
+                self._lock.release()
+
+    def __enter__(self) -> CandidateStore:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process: a reader of the state that is the last one there."""
+        return CandidateStore.open, (self.directory, self.schema.fingerprint)
+
+    def refresh(self) -> bool:
+        """See the last committed state from now on; whether it is another one than before."""
+        with self._one_at_a_time:
+            before = self._state
+            after = load(self.directory, before.maps)
+            if after.schema != before.schema:
+                raise StoreError(f"{self.directory} was replaced by a store of another kind; open it again.")
+            self._view = after
+            return after.manifest != before.manifest
+
+    @property
+    def _state(self) -> View:
+        view = self._view
+        if view is None:
+            raise StoreError(f"This handle of {self.directory} was closed; open the store again.")
+        return view
+
+    # What it is.
+
+    @property
+    def schema(self) -> Schema:
+        """What it was created with: fingerprint, strategy, k, dim, dtype, ragged, extras."""
+        return self._state.schema
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its files, dead rows included."""
+        return sum(entry.size for entry in self._state.manifest.files)
+
+    def __len__(self) -> int:
+        return self._state.manifest.count
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name != "" and bool(self.contains([name])[0])
+
+    def __repr__(self) -> str:
+        if self._view is None:
+            return f"CandidateStore({str(self.directory)!r}, closed)"
+        s = self.schema
+        shape = f"[{'<=' if s.ragged else ''}{s.k}, {s.dim}]"
+        return f"CandidateStore({str(self.directory)!r}, {len(self)} candidates of {shape} {s.dtype})"
+
+    def verify(self) -> None:
+        """Read every byte and compare the checksums. Raises StoreError with the name of the file that is damaged."""
+        self._state.verify()
+
+    # Reading.
+
+    def contains(self, ids: Iterable[str]) -> Array:
+        """Which ids are here: [N] bool."""
+        _, encoded = listed(ids, unique=False)
+        return np.asarray(self._state.locate(encoded)[0] >= 0)
+
+    def get(self, ids: Iterable[str], *, stored: bool = False) -> Array:
+        """The vectors of N ids, in their order: [N, k, dim] float32, or in the store's dtype.
+
+        Raises StoreError: an unknown id, or a ragged store, whose vectors `read` gives with their lengths.
+        """
+        if self.schema.ragged:
+            raise StoreError(
+                f"{self.directory} keeps a number of vectors of its own for each id; use read, which tells it."
+            )
+        return self.read(ids, stored=stored).vectors
+
+    def read(self, ids: Iterable[str], *, stored: bool = False) -> Candidates:
+        """All that is kept of N ids, in their order; floats as float32, or as stored. Raises StoreError: an unknown id."""
+        view = self._state
+        names, encoded = listed(ids, unique=False)
+        return view.read(names, *view.located(names, encoded), stored)
+
+    def ids(self) -> Iterator[str]:
+        """All ids, decoded as they are asked for, in the order of `chunks`."""
+        view = self._state
+        return (name for parts in view.all_parts(IDS_AT_ONCE) for part in parts for name in view.names(*part))
+
+    def chunks(self, size: int, ids: Iterable[str] | None = None, *, stored: bool = False) -> Iterator[Candidates]:
+        """All candidates, or those of `ids` in their order, `size` at a time (the last chunk fewer).
+
+        Memory is that of a chunk: what was read is let go when the next one is asked for. They come from the state that the
+        handle sees now, even if it changes before the last one, in an order that lasts until the store is changed.
+        Raises StoreError, before the first chunk: an unknown id, or a size below 1.
+        """
+        if not isinstance(size, int) or size < 1:
+            raise StoreError(f"The size of a chunk must be a whole number of at least 1, not {size!r}.")
+        view = self._state
+        if ids is None:
+            return view.chunks(size, stored)
+        names, encoded = listed(ids, unique=False)
+        return view.chosen(names, *view.located(names, encoded), size, stored)
+
+    # Changing.
+
+    def add(
+        self, ids: Iterable[str], vectors: Any, *, lengths: Any = None, extras: Mapping[str, Any] | None = None
+    ) -> None:
+        """Add N candidates that are not here yet.
+
+        vectors: [N, k, dim]; in a ragged store a list of N arrays [n, dim], or [T, dim] and `lengths` [N].
+        extras: [N, *shape] by name, all that the store was created with. Numbers are converted to the store's dtypes.
+
+        Raises StoreError, and changes nothing: ids that are not texts, empty, given twice or here already; NaN or infinite
+        numbers, or such as do not fit the dtype; shapes that do not fit; another writer; no room on the disk.
+        """
+        names, encoded = listed(ids, unique=True)
+        columns = encode(self.schema, names, vectors, lengths, extras)
+        with self._writing() as view:
+            there = np.flatnonzero(view.locate(encoded)[0] >= 0).tolist()
+            if there:
+                plural = "is" if len(there) == 1 else "are"
+                raise refuse([names[i] for i in there], f"{plural} in {self.directory} already; use update to replace.")
+            if names:
+                self._view = writing.change(view, encoded, columns, {})
+        self._tidy()
+
+    def update(
+        self, ids: Iterable[str], vectors: Any, *, lengths: Any = None, extras: Mapping[str, Any] | None = None
+    ) -> None:
+        """Replace all that is kept of N candidates. Arguments and errors as for `add`, but every id must be here."""
+        names, encoded = listed(ids, unique=True)
+        columns = encode(self.schema, names, vectors, lengths, extras)
+        with self._writing() as view:
+            old = _by_segment(*view.located(names, encoded))
+            if names:
+                self._view = writing.change(view, encoded, columns, old)
+        self._tidy()
+
+    def delete(self, ids: Iterable[str]) -> None:
+        """Remove N candidates. Raises StoreError, and changes nothing: an id that is not here, or given twice."""
+        names, encoded = listed(ids, unique=True)
+        with self._writing() as view:
+            old = _by_segment(*view.located(names, encoded))
+            if names:
+                self._view = writing.change(view, [], {}, old)
+        self._tidy()
+
+    def compact(self) -> None:
+        """Rewrite the store as one segment without what was deleted or replaced; needs room for it on the disk meanwhile.
+
+        Small segments and mostly dead ones are rewritten by themselves as the store changes; this does the rest.
+        """
+        with self._writing() as view:
+            entries = view.manifest.segments
+            if len(entries) > 1 or any(entry.dead for entry in entries):
+                self._view = writing.merge(view, range(len(entries)))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[View]:
+        """Become the writer, with the last committed state in view, or raise StoreError."""
+        with self._one_at_a_time:
+            if self._lock is None or not self._lock.held:
+                _ = self._state  # raises where the handle is closed
+                lock = Lock(self.directory)
+                try:
+                    self.refresh()
+                    with contextlib.suppress(OSError):
+                        manifests.sweep(self.directory, self._state.manifest)
+                except BaseException:
+                    lock.release()
+                    raise
+                self._lock = lock
+            try:
+                yield self._state
+            except BaseException:
+                try:
+                    self.refresh()  # what is on the disk counts, should it have come that far
+                except StoreError:
+                    self._lock.release()
+                raise
+
+    def _tidy(self) -> None:
+        """Merge what is due. The change before it is committed: if this fails, nothing is lost and a later one tries again."""
+        with contextlib.suppress(StoreError), self._writing() as view:
+            while numbers := writing.due(view.manifest):
+                self._view = view = writing.merge(view, numbers)
+
+
+def _by_segment(which: Array, rows: Array) -> dict[int, Array]:
+    return {number: rows[which == number] for number in np.unique(which).tolist()}
+
+
+__all__ = ["CandidateStore", "Candidates"]
