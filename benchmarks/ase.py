@@ -13,11 +13,12 @@ from __future__ import annotations
 from typing import Any
 
 import thresher
-from responses import SETTINGS, Bench, Encoded, Judge, keep, kept, nearest, parser, training_options
-from thresher.frontier import Point, configured, frontier_of
+from responses import SETTINGS, WORTH, Bench, Encoded, Judge, keep, kept, nearest, parser, training_options
+from thresher.frontier import Point, configured
 from thresher.measure.latency import compare
 from thresher.model import attachment_of, policy_of, set_config
 from thresher.report import frontier_chart
+from thresher.training.frontiers import TRAINED
 
 NAME = "ase"
 TARGETS = {1.1: "<= 0", 1.4: "<= 0", 1.5: "<= 1.5", 2.0: "<= 1.5", 2.3: None}
@@ -39,8 +40,8 @@ def trained(bench: Bench, validation: Encoded) -> Any:
         bench.tokenizer,
         directory,
         validation=validation.rows,
-        quality=validation.quality,
-        search={"evaluations": args.evaluations, "label": "R@1"},
+        quality=validation.worth,
+        search={"evaluations": args.evaluations, "label": WORTH},
         overrides={"epochs": args.passes / len(rows)},
         seed=args.seed,
         notes=keep(about),
@@ -59,8 +60,8 @@ def main() -> None:
         raise SystemExit(f"There is nothing trained in {bench.args.out / NAME}: run without --measure first.")
     validation, test = bench.encoded("validation"), bench.encoded("test")
     model = trained(bench, validation)
-    frontier = frontier_of(attachment_of(model).notes)
-    picked = {target: point for target in TARGETS if (point := nearest(frontier, target)) is not None}
+    points_of = [Point.from_dict(point) for point in attachment_of(model).notes[TRAINED]]
+    picked = {target: point for target in TARGETS if (point := nearest(points_of, target)) is not None}
     if bench.args.measure:
         model.to("cpu")
         for target, point in picked.items():
@@ -68,8 +69,7 @@ def main() -> None:
         return
     note = (
         f"at most {bench.task.max_length} tokens; {bench.args.evaluations} configurations searched on "
-        f"{validation.dialogues} validation dialogues, {len(frontier.points)} left; {bench.args.passes} training passes; "
-        "points picked by validation"
+        f"{validation.dialogues} validation dialogues by MRR, {len(points_of)} left; {bench.args.passes} training passes"
     )
     start = bench.model(thresher.ASE())
     judges = {"self-distilled": Judge(bench, model, test), "the start itself": Judge(bench, start, test)}

@@ -20,7 +20,7 @@ import datasets
 
 import thresher
 from ase import trained
-from responses import Bench, Encoded, Judge, keep, kept, nearest, parser, training_options
+from responses import WORTH, Bench, Encoded, Judge, keep, kept, nearest, parser, training_options
 from thresher.errors import TargetError
 from thresher.frontier import NOTE, Frontier, Point, configured, frontier_of
 from thresher.model import attachment_of, policy_of, set_config
@@ -36,7 +36,7 @@ class Contest:
 
     def __init__(self, bench: Bench, validation: Encoded) -> None:
         self.bench, self.validation = bench, validation
-        self.searching = {"evaluations": bench.args.evaluations, "label": "R@1"}
+        self.searching = {"evaluations": bench.args.evaluations, "label": WORTH}
 
     @cached_property
     def rows(self) -> datasets.Dataset:
@@ -84,7 +84,7 @@ class Contest:
         frontier = thresher.search(
             self.bench.model(policy),
             self.validation.rows,
-            quality=self.validation.quality,
+            quality=self.validation.worth,
             directory=args.out / "attention-mass-search",
             seed=args.seed,
             **self.searching,
@@ -94,7 +94,7 @@ class Contest:
         model = self.fit(policy, "attention-mass", {stage.name: 1.0}, stages=(stage,))
         judge = Judge(self.bench, model, self.validation)
         again = [(point.retention, judge(point.retention)) for point in frontier.points]
-        points = tuple(Point(retention, found.speedup, found.quality) for retention, found in again)
+        points = tuple(Point(retention, found.speedup, found.metrics[WORTH]) for retention, found in again)
         attachment_of(model).notes[NOTE] = Frontier(points).to_list()
         return model
 
@@ -106,7 +106,7 @@ class Contest:
             "length-adaptive",
             {"length-drop": 1 / (policy.sandwich + 2)},
             validation=self.validation.rows,
-            quality=self.validation.quality,
+            quality=self.validation.worth,
             search=self.searching,
         )
 
@@ -140,7 +140,7 @@ def settled(model: Any, validation: Encoded) -> Iterator[float]:
     has_frontier = NOTE in attachment_of(model).notes
     for speedup in SPEEDUPS:
         if has_frontier:
-            point = nearest(frontier_of(attachment_of(model).notes), speedup)
+            point = nearest(frontier_of(attachment_of(model).notes).points, speedup)
             if point is None:
                 continue
             set_config(model, configured(policy_of(model).config, point.retention))

@@ -28,7 +28,7 @@ import thresher
 from records import record
 from response_starts import MAX_TOKENS
 from thresher.cli.work import ResponseWork
-from thresher.frontier import Frontier, Point
+from thresher.frontier import Point
 from thresher.measure.run import prepared, run, run_packed
 from thresher.model import attachment_of, find_encoder
 from thresher.policy import PolicyConfig, retaining
@@ -41,6 +41,7 @@ IMAGES = Path(__file__).parent.parent / "docs" / "img"
 NEAR = 0.15  # how far from the speedup asked for, as a share of it, a point may lie to stand for it
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CALIBRATION = 300  # pairs
+WORTH = "MRR"
 SETTINGS = "thresher.json"  # written last: what holds it is a whole checkpoint
 
 
@@ -85,9 +86,9 @@ class Encoded:
     def metrics(self, predictions: np.ndarray) -> dict[str, float]:
         return ranking_metrics(predictions, self.rows["labels"][:], self.rows["group"][:])
 
-    def quality(self, predictions: np.ndarray) -> float:
-        """R10@1, or with as many candidates as there are."""
-        return first_place(self.metrics(predictions))
+    def worth(self, predictions: np.ndarray) -> float:
+        """MRR, which says more of a few dialogues than R10@1 does: what a search maximises."""
+        return self.metrics(predictions)[WORTH]
 
     def hits(self, predictions: np.ndarray) -> list[int]:
         """For each dialogue, whether its right response comes first; among equals it does not."""
@@ -179,7 +180,7 @@ class Bench:
     def settings(self, start: Any, validation: Encoded) -> dict[str, Any]:
         """What two trainings must have in common for one to stand for the other."""
         given = {name: getattr(self.args, name) for name in ("train", "limit", "passes", "evaluations", "seed")}
-        return {"start": weights(start), "validation": validation.digest, **given}
+        return {"start": weights(start), "validation": validation.digest, "searched by": WORTH, **given}
 
     def record(self, file: str, id: str, what: str, value: float, unit: str, rows: Encoded, **about: Any) -> None:
         print(f"{id}: {value:.4g} {unit} {about.get('spread') or ''}", flush=True)
@@ -259,13 +260,13 @@ class Judge:
         return hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()
 
 
-def nearest(frontier: Frontier, speedup: float) -> Point | None:
-    """The point of the frontier nearest to a speedup. Where none is near it, the best that is faster, which has beaten those
-    that were; None, and a line that says so, where none is faster either."""
-    point = min(frontier.points, key=lambda p: abs(p.speedup - speedup))
+def nearest(points: Sequence[Point], speedup: float) -> Point | None:
+    """The point nearest to a speedup. Where none is near it, the best of those that are faster; None, and a line that says so,
+    where none is faster either."""
+    point = min(points, key=lambda p: abs(p.speedup - speedup))
     if abs(point.speedup / speedup - 1) <= NEAR:
         return point
-    if frontier.points[-1].speedup > speedup:
-        return frontier.at(speedup)
-    print(f"no point near {speedup}x or above: the fastest has {frontier.points[-1].speedup:.2f}x")
+    if faster := [p for p in points if p.speedup > speedup]:
+        return max(faster, key=lambda p: p.quality)
+    print(f"no point near {speedup}x or above: the fastest has {max(p.speedup for p in points):.2f}x")
     return None

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 import thresher
-from responses import Bench, parser
+from responses import WORTH, Bench, parser
 
 
 def main() -> None:
@@ -27,11 +27,11 @@ def main() -> None:
         found = thresher.search(
             model,
             rows.rows,
-            quality=rows.quality,
+            quality=rows.worth,
             directory=work,
             evaluations=bench.args.evaluations,
             seed=bench.args.seed,
-            label="R@1",
+            label=WORTH,
         )
     bench.record(
         "search_cost",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from thresher.errors import CheckpointError, OptionError, TargetError
 from thresher.methods import METHODS
@@ -25,6 +25,18 @@ class Point:
     retention: tuple[float, ...]
     speedup: float
     quality: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"retention": list(self.retention), "speedup": self.speedup, "quality": self.quality}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Self:
+        """What `to_dict` gave. Raises KeyError, TypeError or ValueError for anything else."""
+        retention = tuple(float(fraction) for fraction in values["retention"])
+        if not retention:
+            raise ValueError("a point has no retention")
+        return cls(retention, float(values["speedup"]), float(values["quality"]))
 
 
 @dataclass(frozen=True)
@@ -84,13 +96,13 @@ class Frontier:
 
     def to_list(self) -> list[dict[str, Any]]:
         """The points as plain JSON values."""
-        return [{"retention": list(p.retention), "speedup": p.speedup, "quality": p.quality} for p in self.points]
+        return [point.to_dict() for point in self.points]
 
     @classmethod
     def from_list(cls, points: Any) -> Frontier:
         """What `to_list` gave. Raises CheckpointError for anything else."""
         try:
-            return cls(tuple(_read(point) for point in points))
+            return cls(tuple(map(Point.from_dict, points)))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"The frontier noted in thresher.json is not readable ({type(error).__name__}: {error}); search again."
@@ -100,13 +112,6 @@ class Frontier:
 def _lost_without(points: Sequence[Point], i: int) -> float:
     """The hypervolume that only the inner point `i` adds."""
     return (points[i].speedup - points[i - 1].speedup) * (points[i].quality - points[i + 1].quality)
-
-
-def _read(point: Any) -> Point:
-    retention = tuple(float(fraction) for fraction in point["retention"])
-    if not retention:
-        raise ValueError("a point has no retention")
-    return Point(retention, float(point["speedup"]), float(point["quality"]))
 
 
 def frontier_of(notes: dict[str, Any]) -> Frontier:
