@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from thresher.model import policy_of
 from thresher.policy import PolicyConfig
 
 HIDDEN, HEADS_OF_ATTENTION, INTERMEDIATE, VOCABULARY = 32, 4, 48, 64
@@ -201,8 +202,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rising-threshold": {"threshold": 0.2},
     "relative-threshold": {"threshold": 0.4},
     "cascade-top-k": {"keep_rate": 0.3},
+    "block-skim": {"block": 2, "threshold": 0.5, "keep_question": False},
+    "transkimmer": {"bias": 0.0},  # keeps everything until it is trained
     "power-bert": {"retention": (0.7, 0.5, 0.3)},  # keeps everything until it is trained
 }
+
+
+def decided(model: Any) -> Any:
+    """The attached model, whose policy's batch norms have seen a batch: without, predictors say nearly the same of all."""
+    policy = policy_of(model)
+    norms = [module for module in policy.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    if norms:
+        policy.mode = "soft"
+        with torch.no_grad():
+            model.train()(**batch(model.config.model_type, (24, 17, 20, 9), seed=5))
+        policy.mode = "hard"
+    return model.eval()
 
 
 def settings(config: type[PolicyConfig], **changes: Any) -> PolicyConfig:

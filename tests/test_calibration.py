@@ -10,7 +10,7 @@ import torch
 
 import thresher
 import thresher.calibration as calibration
-from helpers import HIDDEN, batch, dataset, make, settings
+from helpers import HIDDEN, batch, dataset, decided, make, settings
 from thresher.calibration import calibrate
 from thresher.errors import OptionError, TargetError
 from thresher.measure.run import batches, collate, run, run_packed
@@ -82,7 +82,7 @@ def test_run_and_calibrate_heads_that_read_every_token(rows: Any, head: str) -> 
 @pytest.mark.parametrize("method", sorted(CONFIGS))
 @pytest.mark.parametrize("target", [1.1, 1.35])
 def test_a_speedup_is_reached_within_tolerance(rows: Any, method: str, target: float) -> None:
-    model = attached(method)
+    model = decided(attached(method))
     found = calibrate(model, rows, speedup=target, tolerance=0.03)
     assert target <= found.speedup <= target * 1.03
     assert policy_of(model).config.strength == found.strength > 0

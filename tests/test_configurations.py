@@ -334,7 +334,7 @@ def test_the_penalty_weighs_deep_layers_more_and_training_pulls_down() -> None:
     policy.mode = "soft"
     with thresher.tracing() as traces:
         loss = model(**inputs, labels=torch.tensor([0, 1, 2, 0])).loss
-    auxiliary = policy.auxiliary_loss(traces[0])
+    auxiliary = policy.auxiliary_loss(traces[0], {})
     assert float(auxiliary) == pytest.approx(0.5 * 8 * (1 + 2 + 3))
     (loss + auxiliary).backward()
     assert policy.retain.grad.abs().sum() > 0
@@ -345,7 +345,7 @@ def test_the_penalty_weighs_deep_layers_more_and_training_pulls_down() -> None:
     assert policy.retain.min() == 0.0
     assert policy.retain.max() == 1.0
     policy.mode = "hard"
-    assert policy.auxiliary_loss(traces[0]) is None
+    assert policy.auxiliary_loss(traces[0], {}) is None
 
 
 @pytest.mark.parametrize("absolute", [False, True])

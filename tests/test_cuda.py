@@ -227,6 +227,24 @@ def test_position_bias_learns_and_sees_no_dropped_token(gpu: str, lengths: Any, 
     base.test_a_simulated_drop_under_a_position_bias()
 
 
+@lengths
+@weights
+@window
+@pytest.mark.parametrize("block", [1, 4, 32])
+def test_blocks(gpu: str, lengths: Any, weights: bool, window: int | None, block: int) -> None:
+    for change in (lambda tokens: tokens, halved):
+        tokens = change(weighted(packed(lengths)) if weights else packed(lengths))
+        q, k, v = qkv(tokens, seed=1)
+        _, maps = naive(q, k, v, tokens, window=window)
+        expected = evidence_by_loops(maps, tokens, block)["blocks"]
+        for learns in (False, True):
+            _, evidence = attend(q.requires_grad_(learns), k, v, tokens, window=window, wanted=Wanted(block=block))
+            close(evidence.blocks, expected)
+            assert evidence.mass is None
+            assert evidence.blocks.requires_grad == learns
+    base.test_blocks_from_the_log_sum_exp_are_the_blocks_of_the_map(lengths, block)
+
+
 def test_the_padded_way_with_a_position_bias_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Called directly; each head has logits of its own even where nobody asks for sums."""
     tokens = halved(packed(RAGGED))
@@ -243,10 +261,10 @@ def test_the_padded_way_with_a_position_bias_in_parts(monkeypatch: pytest.Monkey
     for largest, calls in ((2**26, [(rows, longest)]), (HEADS * longest**2, [(1, longest)] * rows)):
         asked.clear()
         monkeypatch.setattr(padded, "LARGEST", largest)
-        context, sums, own = cuda.attend_padded(q, k, v, tokens, 0.3, 0.0, None, None, False, watched)
+        context, sums, own, blocks = cuda.attend_padded(q, k, v, tokens, 0.3, 0.0, None, None, False, watched)
         close(context, expected)
         assert asked == calls
-        assert sums is own is None
+        assert sums is own is blocks is None
 
 
 def places(tokens: PackedTokens) -> tuple[Tensor, list[int]]:
@@ -285,7 +303,8 @@ CASES: dict[str, tuple[bool, dict[str, Any]]] = {
     "learning": (True, {"learning": True}),
     "learning from evidence": (False, {"learning": True, "wanted": MASS}),
     "learning, evidence selects": (True, {"learning": True, "wanted": Wanted(mass=True, detached=True)}),
-    "blocks": (False, {"wanted": Wanted(block=4)}),
+    "blocks": (True, {"wanted": Wanted(block=4)}),
+    "learning from blocks": (False, {"learning": True, "wanted": Wanted(block=4)}),
     "maps": (False, {"wanted": Wanted(full=True)}),
     "position bias": (False, {"position_bias": base.learned_bias()[1]}),
     "no kernel": (False, {"function": None}),
@@ -711,7 +730,7 @@ def test_training_learns_the_same(gpu: str, family: str, monkeypatch: pytest.Mon
         policy.mode = "soft"
         with tracing() as traces:
             loss = model(**batch(family), labels=torch.arange(len(LENGTHS)) % 3).loss
-        extra = policy.auxiliary_loss(traces[0])
+        extra = policy.auxiliary_loss(traces[0], {})
         assert extra is not None
         (loss + extra).backward()
         named = [*model.named_parameters(), *policy.named_parameters()]

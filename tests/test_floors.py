@@ -19,15 +19,15 @@ LONGEST = 400
 # From the ground up; a module may import from floors below its own, and from its own room. The longest prefix counts.
 FLOORS = [
     ["errors", "timing", "memory"],
-    ["packed", "tasks", "report", "measure.layer"],
+    ["packed", "tasks", "report", "measure.layer", "pairs.store"],
     ["exported.directory", "proposals"],
     ["exported.sessions"],
     ["exported.runner"],
-    ["backbones", "linears"],
+    ["backbones", "linears", "tiles"],
     ["cpu", "cuda"],
     ["attention"],
     ["policy"],
-    ["parts", "measure.flops", "protection"],
+    ["parts", "measure.flops", "protection", "answers"],
     ["engine", "methods", "measure"],
     ["checkpoint", "frontier"],
     ["model"],
@@ -35,7 +35,7 @@ FLOORS = [
     ["calibration", "explanation", "searching", "measure.latency", "measure.profile", "exported.graph"],
     ["exported", "measure.serving"],
     ["training"],
-    ["demo"],
+    ["demo", "pairs"],
     [""],
     ["cli"],
 ]

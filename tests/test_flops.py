@@ -11,11 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import thresher
 from helpers import FAMILIES, HIDDEN, LENGTHS, batch, build, config_of, make, outputs_of, settings
-from thresher.measure.flops import dense_flops, flops, speedup
+from thresher.errors import OptionError
+from thresher.measure.flops import dense_flops, flops, skimming_speedup, speedup
 from thresher.measure.layer import layer_flops
 from thresher.methods import CONFIGS
 from thresher.model import attachment_of, policy_of
-from thresher.policy import Geometry, Trace
+from thresher.policy import Geometry, Point, Trace
 
 ALBERT_EMBEDDING = 24
 
@@ -72,13 +73,18 @@ def test_the_methods_own_work_is_counted_too(family: str, method: str) -> None:
         count = counted(model, inputs, family)
     (trace,) = traces
     assert sum(flops(trace, policy.geometry, policy)) == count
+    entering = [trace.original, *(fed for _, fed in trace.reads)]
     overhead = [
-        sum(policy.overhead_flops(layer, reads[row]) for layer, (reads, _) in enumerate(trace.reads, start=1))
+        sum(
+            policy.overhead_flops(layer, reads[row], entering[layer - 1][row])
+            for layer, (reads, _) in enumerate(trace.reads, start=1)
+        )
         for row in range(len(LENGTHS))
     ]
     both = zip(flops(trace, policy.geometry, policy), flops(trace, policy.geometry), strict=True)
     assert [a - b for a, b in both] == overhead
-    assert (sum(overhead) > 0) == any(policy.wants(layer) for layer in range(1, 4))
+    looks = policy.config.point is Point.BEFORE_LAYER or any(policy.wants(layer) for layer in range(1, 4))
+    assert (sum(overhead) > 0) == looks
 
 
 def test_a_layer_by_hand() -> None:
@@ -118,6 +124,15 @@ def test_a_mode_that_is_off_costs_nothing_more() -> None:
     with thresher.tracing() as traces:
         outputs_of(model, inputs)
     assert speedup(traces, policy.geometry, policy) == 1.0
+
+
+def test_the_speedup_of_skimming_on_paper() -> None:
+    assert skimming_speedup([0.9] * 12) == pytest.approx(1.86, abs=0.005)  # the paper's example
+    assert skimming_speedup([1.0] * 6) == 1.0
+    assert skimming_speedup([0.5, 1.0, 0.5]) == pytest.approx(3 / (0.5 + 0.5 + 0.25))
+    for wrong in ([], [0.0], [0.5, 1.1]):
+        with pytest.raises(OptionError, match="kept fractions"):
+            skimming_speedup(wrong)
 
 
 def test_several_passes_add_up_and_none_is_one() -> None:

@@ -36,7 +36,7 @@ from thresher.errors import OptionError
 from thresher.measure.flops import speedup
 from thresher.methods import CONFIGS
 from thresher.model import policy_of
-from thresher.policy import Geometry, PolicyConfig, Trace
+from thresher.policy import Geometry, Point, PolicyConfig, Trace
 
 CLOSE = 1e-4
 every_method = pytest.mark.parametrize("method", sorted(CONFIGS))
@@ -100,12 +100,13 @@ def test_drops_are_final_counted_and_spare_the_first_token(family: str, method: 
     mask = inputs["attention_mask"].bool()
     assert torch.equal(dropped == -1, ~mask)
     assert (dropped[:, 0] == 0).all()
+    point = CONFIGS[method].point
     after_attention = family != "modernbert"
     for layer, (read, fed) in enumerate(trace.reads, start=1):
         before = ((dropped == 0) | (dropped >= layer)).sum(1).tolist()
         after = ((dropped == 0) | (dropped > layer)).sum(1).tolist()
-        assert read == before
-        assert fed == (after if after_attention else before)
+        assert read == (after if point is Point.BEFORE_LAYER else before)
+        assert fed == (after if after_attention or point is Point.BEFORE_LAYER else before)
     assert trace.original == list(LENGTHS)
 
 
@@ -504,7 +505,7 @@ def test_the_soft_stage_scales_a_layers_output_by_the_sigmoid_of_the_distance() 
     assert 0.05 < min(masks) < 0.95 or len({round(m, 2) for m in masks}) > 2
     for j in range(9):
         torch.testing.assert_close(got[j], plain[j] * masks[j], rtol=0, atol=1e-5)
-    loss = policy_of(model).auxiliary_loss(traces[0])
+    loss = policy_of(model).auxiliary_loss(traces[0], {})
     assert loss is not None
     assert float(loss) == pytest.approx(0.3 * sum(masks) / 9, abs=1e-6)
 
@@ -515,11 +516,11 @@ def test_the_auxiliary_loss_is_the_mean_over_layers() -> None:
         model(**batch("bert"))
     (masks,) = traces[0].auxiliary.values()
     assert len(masks) == 3
-    loss = policy_of(model).auxiliary_loss(traces[0])
+    loss = policy_of(model).auxiliary_loss(traces[0], {})
     assert loss is not None
     assert float(loss) == pytest.approx(0.5 * sum(float(m) for m in masks) / 3)
     policy_of(model).mode = "hard"
-    assert policy_of(model).auxiliary_loss(traces[0]) is None
+    assert policy_of(model).auxiliary_loss(traces[0], {}) is None
 
 
 def test_the_soft_stage_keeps_every_token_and_teaches_every_threshold() -> None:
@@ -529,7 +530,7 @@ def test_the_soft_stage_keeps_every_token_and_teaches_every_threshold() -> None:
         hidden = model(**inputs)[0]
     assert not (traces[0].dropped_at() > 0).any()
     policy = policy_of(model)
-    loss = policy.auxiliary_loss(traces[0])
+    loss = policy.auxiliary_loss(traces[0], {})
     assert loss is not None
     (pull,) = torch.autograd.grad(loss, policy.theta, retain_graph=True)
     assert (pull < 0).all()  # a higher threshold is a smaller mask

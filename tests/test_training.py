@@ -24,12 +24,13 @@ from helpers import batch, dataset, make, outputs_of, settings, tokenizer, worst
 from thresher import checkpoint
 from thresher.calibration import agreement
 from thresher.errors import OptionError, TargetError
-from thresher.frontier import frontier_of
+from thresher.frontier import Point, frontier_of
 from thresher.measure.run import run, run_packed
 from thresher.methods import CONFIGS
 from thresher.model import attachment_of, is_attached, policy_of
 from thresher.policy import Stage
 from thresher.training import Learner, distillation_loss, fit, run_stage
+from thresher.training.frontiers import TRAINED
 from thresher.training.learner import neighbourhood_loss, stock_copy
 from thresher.training.stages import bfloat16_is_fast
 
@@ -104,7 +105,7 @@ def test_the_learner_adds_labels_teacher_and_method() -> None:
     out = learner(**inputs, labels=labels)
     with thresher.tracing() as traces:
         said = model(**inputs, labels=labels)
-    auxiliary = policy_of(model).auxiliary_loss(traces[0])
+    auxiliary = policy_of(model).auxiliary_loss(traces[0], {})
     assert auxiliary is not None
     expected = 0.25 * said.loss + 3.0 * distillation_loss(said, teacher(**inputs)) + auxiliary
     assert float(out["loss"]) == pytest.approx(float(expected), rel=1e-5)
@@ -475,7 +476,8 @@ def test_every_method_says_how_it_is_trained(method: str) -> None:
     for stage in stages:
         assert stage.mode in ("off", "soft", "hard")
         assert stage.label_weight or stage.distil_weight
-    assert stages[-1].mode == "hard"
+    learned = any(p.requires_grad for p in policy_of(thresher.attach(make("bert"), method)).parameters())
+    assert stages[-1].mode == "hard" or (learned and stages[-1].policy_learning_rate)
 
 
 def test_a_model_without_a_head_learns_by_its_mean_embedding() -> None:
@@ -543,6 +545,9 @@ def test_ase_searches_trains_under_what_it_found_and_serves_every_speedup(tmp_pa
     frontier = frontier_of(attachment_of(model).notes)
     assert len(drawn[0]) >= 2
     assert set(frontier.configurations) <= set(drawn[0])
+    trained = [Point.from_dict(point) for point in attachment_of(model).notes[TRAINED]]
+    assert [point.retention for point in trained] == list(drawn[0])  # also what another one beats
+    assert set(frontier.points) <= set(trained)
     chosen = frontier.at(1.4)
     assert policy_of(model).config.retention == chosen.retention
     rows = dataset(24, seed=5)

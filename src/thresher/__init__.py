@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from thresher.exported.writing import export
     from thresher.memory import keep_memory
     from thresher.methods.ase import ASE
+    from thresher.methods.block_skim import BlockSkim
     from thresher.methods.length_adaptive import LengthAdaptive
     from thresher.methods.ltp import LTP, RelativeThreshold, RisingThreshold
     from thresher.methods.power_bert import PowerBert
     from thresher.methods.retention import AttentionMass, CascadeTopK, FirstTokens, LastTokens, RandomTokens
+    from thresher.methods.transkimmer import Transkimmer
     from thresher.model import attach, detach, load, policy_of, quantize, save, set_config, set_speedup, validate
     from thresher.policy import Stage, retaining, tracing
     from thresher.searching import search
@@ -37,10 +39,12 @@ _HOME = {
     "exported.writing": ("export",),
     "memory": ("keep_memory",),
     "methods.ase": ("ASE",),
+    "methods.block_skim": ("BlockSkim",),
     "methods.length_adaptive": ("LengthAdaptive",),
     "methods.ltp": ("LTP", "RelativeThreshold", "RisingThreshold"),
     "methods.power_bert": ("PowerBert",),
     "methods.retention": ("AttentionMass", "CascadeTopK", "FirstTokens", "LastTokens", "RandomTokens"),
+    "methods.transkimmer": ("Transkimmer",),
     "model": ("attach", "detach", "load", "policy_of", "quantize", "save", "set_config", "set_speedup", "validate"),
     "policy": ("Stage", "retaining", "tracing"),
     "searching": ("search",),
@@ -54,6 +58,7 @@ __all__ = [
     "ASE",
     "LTP",
     "AttentionMass",
+    "BlockSkim",
     "CascadeTopK",
     "FirstTokens",
     "LastTokens",
@@ -65,6 +70,7 @@ __all__ = [
     "Runner",
     "Stage",
     "ThresherError",
+    "Transkimmer",
     "attach",
     "calibrate",
     "detach",

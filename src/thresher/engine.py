@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import itertools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import partial
@@ -18,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
 
+from thresher import answers
 from thresher.attention import NO_EVIDENCE, NOTHING, Evidence, Wanted, attend
 from thresher.backbones import Entrance, Instead
 from thresher.errors import OptionError
@@ -186,6 +186,7 @@ class Engine:
                 self.handles.append(midpoint.register_forward_hook(self.on_midpoint))
         if entrance.tail is not None:
             self.handles.append(entrance.tail.register_forward_hook(self.on_tail))
+        answers.guard(self.model)
         self.set_precision(self.precision)
 
     def _set_implementation(self, name: str) -> None:
@@ -218,6 +219,7 @@ class Engine:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        answers.release(self.model)
         del self.entrance.base.forward
         for one in self.entrance.instead:
             delattr(one.module, one.name)
@@ -258,18 +260,12 @@ class Engine:
         if segments is None and ids is not None and end is not None:
             ends = (ids == end).long()
             segments = (ends.cumsum(1) - ends > 0).long()
-        self._follow(like.device)
         protected = None
+        if self.policy is not None:
+            self.policy.follow(like.device, base.training)
         if self.policy is not None and self.policy.mode != "off" and not _keeping.get():
             protected = protected_tokens(self.policy.config, ids, segments)
         return Pass(self, mask, segments, protected)
-
-    def _follow(self, device: torch.device) -> None:
-        """The policy is no submodule of the model, so model.to(device) does not move it."""
-        if self.policy is not None:
-            one = next(itertools.chain(self.policy.parameters(), self.policy.buffers()), None)
-            if one is not None and one.device != device:
-                self.policy.to(device)
 
     def on_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         now = _current.get()
@@ -298,6 +294,8 @@ class Engine:
             return None
         hidden, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
         tokens = now.end_layer(hidden, also_after_attention=also_after_attention)
+        if now.layer == self.entrance.calls:
+            answers.note(now.policy, tokens)
         if now.layer < self.entrance.calls:
             hidden = tokens.hidden.unsqueeze(0)
         elif self.entrance.tail is not None:

@@ -117,7 +117,10 @@ def attachment_of(model: Any) -> Attachment:
 
 
 def policy_of(model: Any) -> Policy[Any]:
-    """The policy on a model: its parameters, `auxiliary_loss(trace)` and `mode`. Raises OptionError when there is none."""
+    """The policy on a model: its parameters, `auxiliary_loss(trace, batch)` and `mode`.
+
+    Raises OptionError when there is none.
+    """
     policy = attachment_of(model).policy
     if policy is None:
         raise OptionError("The model runs packed but has no policy; call thresher.attach(model, policy).")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
@@ -19,6 +20,7 @@ from thresher.errors import OptionError, nearest
 from thresher.packed import PackedTokens
 
 Mode = Literal["off", "soft", "hard"]
+Batch = Mapping[str, Tensor]  # what a training step is given: inputs, labels, and what only a policy reads
 
 
 class Point(Enum):
@@ -45,6 +47,7 @@ class PolicyConfig:
     exports: ClassVar[bool] = True  # whether the decision can be written as operators of a graph
     # When a fit searches retention configurations: before the stages, which then train under them, or on the trained model.
     searches: ClassVar[Literal["", "before", "after"]] = ""
+    point: ClassVar[Point] = Point.AFTER_ATTENTION  # where tokens drop
 
     protect_segments: tuple[int, ...] = ()
     protect_ids: tuple[int, ...] = ()
@@ -228,14 +231,28 @@ class Policy(nn.Module, Generic[ConfigT]):
     """One method. Holds its configuration and its parameters, never the state of a pass.
 
     Subclasses say which evidence they want from a layer and what they do with the tokens at a point. The default reads
-    everything.
+    everything. Train and eval mode follow the model's at every pass.
+
+    dropped_may_answer: whether a question-answering head may point at a dropped token, whose last state it then reads.
+    grain: tokens of a block where the method's own work is a polynomial in whole blocks.
     """
+
+    dropped_may_answer: ClassVar[bool] = True
+    grain: int = 1
 
     def __init__(self, config: ConfigT, geometry: Geometry) -> None:
         super().__init__()
         self.config = config
         self.geometry = geometry
         self.mode: Mode = "hard"
+
+    def follow(self, device: torch.device, training: bool) -> None:
+        """Be where and in the mode that the model is: a policy is no submodule of it, so that its own calls do not tell."""
+        if self.training is not training:
+            self.train(training)
+        one = next(itertools.chain(self.parameters(), self.buffers()), None)
+        if one is not None and one.device != device:
+            self.to(device)
 
     def wants(self, layer: int) -> Wanted:
         """Evidence from `layer`'s attention."""
@@ -245,8 +262,11 @@ class Policy(nn.Module, Generic[ConfigT]):
         """Tokens in, tokens out."""
         return tokens
 
-    def auxiliary_loss(self, trace: Trace) -> Tensor | None:
-        """What a training stage adds to the task's loss; None outside a stage that adds something."""
+    def auxiliary_loss(self, trace: Trace, batch: Batch) -> Tensor | None:
+        """What a training stage adds to the task's loss; None outside a stage that adds something.
+
+        trace: of the pass over `batch`, which has the labels too, whatever they weigh in the stage.
+        """
         return None
 
     def stages(self) -> tuple[Stage, ...]:
@@ -263,7 +283,10 @@ class Policy(nn.Module, Generic[ConfigT]):
     def after_step(self) -> None:
         """Called after every step of the optimizer, to keep parameters inside their bounds."""
 
-    def overhead_flops(self, layer: int, n: int) -> int:
-        """The method's own work at one layer for a row of n tokens (a multiply-add is 2)."""
+    def overhead_flops(self, layer: int, n: int, entering: int | None = None) -> int:
+        """The method's own work at one layer (a multiply-add is 2) for a row of which attention reads n tokens.
+
+        entering: the tokens that came to the layer, which are more where some are dropped before it; None: n.
+        """
         wanted = self.wants(layer)
         return (2 * wanted.mass + 4 * wanted.by_segment) * self.geometry.heads * n * n

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import thresher
-from helpers import FAMILIES, HEADS, alone, batch, dataset, make, settings, tokenizer
+from helpers import FAMILIES, HEADS, alone, batch, dataset, decided, make, settings, tokenizer
 from thresher.errors import CheckpointError, DataError, OptionError, ThresherError
 from thresher.exported.directory import MANIFEST
 from thresher.exported.graph import exportable_methods
@@ -64,7 +64,7 @@ def test_every_family_and_head(family: str, head: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", exportable_methods())
 def test_every_method(method: str, tmp_path: Path) -> None:
-    model = thresher.attach(make("bert"), settings(CONFIGS[method]))
+    model = decided(thresher.attach(make("bert"), settings(CONFIGS[method])))
     thresher.export(model, tmp_path)
     agrees(model, "bert", tmp_path)
 
@@ -74,7 +74,7 @@ def test_every_method(method: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("head", ["base", "token", "question-answering"])
 def test_every_method_on_every_family_and_head(method: str, family: str, head: str, tmp_path: Path) -> None:
-    model = thresher.attach(make(family, head), settings(CONFIGS[method]))
+    model = decided(thresher.attach(make(family, head), settings(CONFIGS[method])))
     thresher.export(model, tmp_path)
     agrees(model, family, tmp_path)
 
@@ -94,11 +94,13 @@ def test_nothing_attached_but_packing_exports_too(tmp_path: Path) -> None:
     assert output.dropped_at.tolist() == [0, 0, 0]
 
 
-def test_exporting_leaves_the_model_as_it_was(tmp_path: Path) -> None:
-    model = thresher.attach(make("bert"), settings(CONFIGS["ltp"])).train()
+@pytest.mark.parametrize("training", [False, True])
+def test_exporting_leaves_the_model_as_it_was(training: bool, tmp_path: Path) -> None:
+    model = thresher.attach(make("bert"), settings(CONFIGS["ltp"])).train(training)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     thresher.export(model, tmp_path)
-    assert model.training
+    assert model.training is training
+    assert model.bert.training is training
     assert all(p.requires_grad for p in policy_of(model).parameters())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     (model(**batch("bert")).logits.sum()).backward()

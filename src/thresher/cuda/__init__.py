@@ -2,6 +2,7 @@
 
     varlen.py    torch's variable-length flash attention (half precision, Ampere or newer), which gives the log-sum-exp
     mass.py      attention mass from that log-sum-exp, by the Triton kernel in kernel.py or by torch
+    blocks.py    diagonal blocks of the attention maps from it, or from padded maps
     padded.py    every other case in a few large operations: other dtypes, older GPUs, soft weights, windows after a drop
 
 Nothing here reads a value back from the device; all sizes come from `Layout.sizes`, which the drop has fetched already.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from thresher.cuda.blocks import diagonal_blocks
 from thresher.cuda.mass import Received, means, query_weights, received
 from thresher.cuda.padded import attend_padded
 from thresher.cuda.varlen import fits, flash
@@ -29,6 +31,7 @@ def require_cuda() -> None:
 __all__ = [
     "Received",
     "attend_padded",
+    "diagonal_blocks",
     "fits",
     "flash",
     "means",

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from thresher.cuda.blocks import blocks_of_maps, gather_blocks
 from thresher.packed import Layout, PackedTokens
 
 LARGEST = 2**26  # logits that may exist at a time; 256 MB in float32
@@ -79,14 +80,15 @@ def attend_padded(
     weights: Tensor | None,
     own: bool = False,
     position_bias: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    block: int = 0,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Each row attends to itself; gradients flow through all that is returned.
 
     query, key, value: [H, T, d]. window: in original positions. weights: [C, T] float32, what each query counts for in each
     of C sums, or None when nobody asks for sums. position_bias: what is added to the logits of rows with the original
-    positions [b, L], as [b, H, L, L].
-    Returns the context [T, H, d], sums over heads and queries i of weights[c, i] * A_h[i, j] as [C, T], and if `own` the
-    sums over heads of A_h[j, j] as [T].
+    positions [b, L], as [b, H, L, L]. block: size of the diagonal blocks to return, 0 for none.
+    Returns the context [T, H, d], sums over heads and queries i of weights[c, i] * A_h[i, j] as [C, T], if `own` the
+    sums over heads of A_h[j, j] as [T], and the diagonal blocks [K, H, block, block] as in `attention.Evidence`.
     """
     padding = Padding(tokens.layout)
     q, k, v = (padding.heads(x) for x in (query, key, value))
@@ -94,8 +96,9 @@ def attend_padded(
     weight = query.new_zeros(query.shape[1]) if weight is None else weight.to(query.dtype)
     hidden_keys = padding.spread(weight, fill=float("-inf"))[:, None, None, :]
     counted = None if weights is None else padding.spread(weights.T).transpose(1, 2)
-    watched = counted is not None or own
-    contexts, sums, diagonals = [], [], []
+    watched = counted is not None or own or block > 0
+    real = padding.spread(torch.ones_like(tokens.positions, dtype=torch.bool)) if block else None
+    contexts, sums, diagonals, tiles = [], [], [], []
     by_head = watched or position_bias is not None
     for part in padding.parts(padding.longest**2 * (q.shape[1] if by_head else 1)):
         bias = hidden_keys[part] if window is None else _windowed(hidden_keys[part], padding.near(window, part))
@@ -115,10 +118,13 @@ def attend_padded(
             sums.append(summed(probabilities, counted[part]))
         if own:
             diagonals.append(probabilities.diagonal(dim1=-2, dim2=-1).sum(1))
+        if real is not None:
+            tiles.append(blocks_of_maps(probabilities, real[part], block))
     return (
         padding.gather(join(contexts).transpose(1, 2)),
         padding.gather(join(sums).transpose(1, 2)).T if sums else None,
         padding.gather(join(diagonals)) if diagonals else None,
+        gather_blocks(join(tiles), tokens.layout, block) if tiles else None,
     )
 
 

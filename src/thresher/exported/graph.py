@@ -119,7 +119,8 @@ def write_graph(model: Any, path: Path) -> tuple[tuple[str, ...], tuple[str, ...
         quiet.setLevel(logging.ERROR)
         for parameter in learned:
             parameter.requires_grad_(False)
-        with evaluating(wrapped), evaluating(model), torch.no_grad(), warnings.catch_warnings():
+        # The model last to be put back: it is a part of what wraps it.
+        with evaluating(model), evaluating(wrapped), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer warns of every Python number, and of its own age
             wrapped(*values)  # names the outputs
             torch.onnx.export(

@@ -109,7 +109,9 @@ class Runner:
             for layer, (c0, c1, c2) in enumerate(self.manifest.overhead, start=1):
                 gone = (output.dropped_at > 0) & (output.dropped_at <= layer)
                 fed = length - int(gone.sum())
-                spent += layer_flops(sizes, read, fed if sizes.midpoint else read) + c0 + c1 * read + c2 * read * read
+                spent += c0 + c1 * read + c2 * read * read
+                read = fed if sizes.before else read
+                spent += layer_flops(sizes, read, fed if sizes.midpoint else read)
                 dense += layer_flops(sizes, length, length)
                 read = fed
         return dense / spent if spent else 1.0

@@ -24,7 +24,7 @@ from thresher.exported.sessions import require
 from thresher.linears import has_int8_instructions
 from thresher.measure.run import said
 from thresher.model import attachment_of, evaluating, find_encoder
-from thresher.policy import tracing
+from thresher.policy import Point, tracing
 
 TOLERANCE = 1e-4
 TIES = 0.1  # the share of rows in which a rounding may decide between two tokens of equal score
@@ -123,6 +123,7 @@ def _manifest(model: Any, runtime: Runtime, inputs: tuple[str, ...], outputs: tu
     encoder, policy, entrance = find_encoder(model), attachment.policy, attachment.engine.entrance
     labels = getattr(encoder.config, "id2label", None) or {}
     geometry = entrance.geometry
+    point = Point.AFTER_ATTENTION if policy is None else policy.config.point
     return Manifest(
         runtime=runtime,
         int8=False,
@@ -135,7 +136,8 @@ def _manifest(model: Any, runtime: Runtime, inputs: tuple[str, ...], outputs: tu
             "hidden": geometry.hidden,
             "intermediate": geometry.intermediate,
             "gated": geometry.gated,
-            "midpoint": all(m is not None for m in entrance.midpoints),
+            "midpoint": point is Point.AFTER_ATTENTION and all(m is not None for m in entrance.midpoints),
+            "before": point is Point.BEFORE_LAYER,
         },
         overhead=tuple(_overhead(policy, layer) for layer in range(1, geometry.layers + 1)),
         labels=tuple(str(labels[k]) for k in sorted(labels)) if "logits" in outputs else (),
@@ -144,14 +146,15 @@ def _manifest(model: Any, runtime: Runtime, inputs: tuple[str, ...], outputs: tu
 
 
 def _overhead(policy: Any, layer: int) -> tuple[float, float, float]:
-    """The policy's own FLOPs on n tokens as c0 + c1 n + c2 n^2."""
+    """The policy's own FLOPs on n tokens as c0 + c1 n + c2 n^2, for a whole number of blocks where it counts in blocks."""
     if policy is None:
         return (0.0, 0.0, 0.0)
-    at = [policy.overhead_flops(layer, n) for n in (0, 1, 2)]
+    grain = policy.grain
+    at = [policy.overhead_flops(layer, n * grain) for n in (0, 1, 2)]
     c2 = (at[2] - 2 * at[1] + at[0]) / 2
     c1 = at[1] - at[0] - c2
-    assert at[0] + 100 * c1 + 100 * 100 * c2 == policy.overhead_flops(layer, 100), "more than quadratic"
-    return (float(at[0]), c1, c2)
+    assert at[0] + 100 * c1 + 100 * 100 * c2 == policy.overhead_flops(layer, 100 * grain), "more than quadratic"
+    return (float(at[0]), c1 / grain, c2 / grain**2)
 
 
 def _limit(model: Any, tokenizer: Any, asked: int | None) -> int:

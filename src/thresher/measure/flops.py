@@ -6,9 +6,11 @@ m d i (feed-forward of width i; 6 m d i when gated), plus the method's own work.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from thresher.errors import OptionError
 from thresher.measure.layer import layer_flops
 from thresher.policy import Geometry, Policy, Trace
 
@@ -21,12 +23,26 @@ def dense_flops(geometry: Geometry, length: int) -> int:
 def flops(trace: Trace, geometry: Geometry, policy: Policy[Any] | None = None) -> list[int]:
     """FLOPs of each row of a pass, the policy's own overhead included."""
     totals = [0] * len(trace.original)
+    entering = trace.original
     for layer, (reads, feeds) in enumerate(trace.reads, start=1):
         for row, (read, fed) in enumerate(zip(reads, feeds, strict=True)):
             totals[row] += layer_flops(geometry, read, fed)
             if policy is not None and policy.mode != "off":
-                totals[row] += policy.overhead_flops(layer, read)
+                totals[row] += policy.overhead_flops(layer, read, entering[row])
+        entering = feeds
     return totals
+
+
+def skimming_speedup(kept: Sequence[float]) -> float:
+    """What a row's cost falls by when layer j leaves the fraction kept[j] of what reached it: L / sum over layers i of the
+    product of kept[j] over j <= i (equation 4 of Block-Skim).
+
+    A model on paper: a layer's cost is linear in its tokens, and what a layer drops it does not compute itself. Twelve times
+    .9 give 1.86. Raises OptionError for a fraction outside (0, 1], or none.
+    """
+    if not kept or not all(0.0 < fraction <= 1.0 for fraction in kept):
+        raise OptionError(f"The kept fractions must be above 0 and at most 1, one a layer, not {tuple(kept)}.")
+    return len(kept) / sum(math.prod(kept[: layer + 1]) for layer in range(len(kept)))
 
 
 def speedup(traces: Iterable[Trace] | Sequence[Trace], geometry: Geometry, policy: Policy[Any] | None = None) -> float:

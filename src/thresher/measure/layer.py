@@ -19,13 +19,15 @@ class Widths(Protocol):
 
 @dataclass(frozen=True)
 class Sizes:
-    """`Widths` as an exported model carries them. midpoint: whether tokens drop before the feed-forward."""
+    """`Widths` as an exported model carries them. midpoint: whether tokens drop before the feed-forward; before: whether they
+    drop before the layer they count as dropped at."""
 
     layers: int
     hidden: int
     intermediate: int
     gated: bool = False
     midpoint: bool = True
+    before: bool = False
 
 
 def layer_flops(geometry: Widths, read: int, fed: int) -> int:

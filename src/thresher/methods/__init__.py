@@ -6,6 +6,7 @@ from typing import Any
 
 from thresher.errors import OptionError, nearest
 from thresher.methods.ase import ASE, ASEPolicy
+from thresher.methods.block_skim import BlockSkim, BlockSkimPolicy
 from thresher.methods.length_adaptive import LengthAdaptive, LengthAdaptivePolicy
 from thresher.methods.ltp import LTP, LTPPolicy, RelativeThreshold, RisingThreshold, ThresholdPolicy
 from thresher.methods.power_bert import PowerBert, PowerBertPolicy
@@ -17,11 +18,13 @@ from thresher.methods.retention import (
     RandomTokens,
     RetentionPolicy,
 )
+from thresher.methods.transkimmer import Transkimmer, TranskimmerPolicy
 from thresher.policy import Geometry, Policy, PolicyConfig
 
 METHODS: dict[type[PolicyConfig], type[Policy[Any]]] = {
     ASE: ASEPolicy,
     AttentionMass: RetentionPolicy,
+    BlockSkim: BlockSkimPolicy,
     CascadeTopK: RetentionPolicy,
     FirstTokens: RetentionPolicy,
     LastTokens: RetentionPolicy,
@@ -31,6 +34,7 @@ METHODS: dict[type[PolicyConfig], type[Policy[Any]]] = {
     RandomTokens: RetentionPolicy,
     RelativeThreshold: ThresholdPolicy,
     RisingThreshold: ThresholdPolicy,
+    Transkimmer: TranskimmerPolicy,
 }
 
 CONFIGS: dict[str, type[PolicyConfig]] = {config.method: config for config in METHODS}

@@ -19,7 +19,7 @@ from thresher.errors import OptionError
 from thresher.packed import PackedTokens
 from thresher.parts.rules import keep_above
 from thresher.parts.scores import attention_mass, relative
-from thresher.policy import Geometry, Point, Policy, PolicyConfig, Stage, Trace
+from thresher.policy import Batch, Geometry, Point, Policy, PolicyConfig, Stage, Trace
 
 MASK = "ltp mask"
 
@@ -126,7 +126,7 @@ class LTPPolicy(ThresholdPolicy):
             Stage(name="hard", mode="hard", learning_rate=2e-5),
         )
 
-    def auxiliary_loss(self, trace: Trace) -> Tensor | None:
+    def auxiliary_loss(self, trace: Trace, batch: Batch) -> Tensor | None:
         """penalty * (1 / L) * sum over layers of the mean mask; only in the soft stage."""
         masks = trace.auxiliary.get(MASK)
         if self.mode != "soft" or not masks:

@@ -19,7 +19,7 @@ from thresher.methods.retention import Retention, RetentionPolicy
 from thresher.packed import PackedTokens
 from thresher.parts import scores
 from thresher.parts.rules import ranks
-from thresher.policy import Geometry, Point, Stage, Trace, retained
+from thresher.policy import Batch, Geometry, Point, Stage, Trace, retained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ class PowerBertPolicy(RetentionPolicy[PowerBert]):
         with torch.no_grad():
             self.retain.clamp_(0.0, 1.0)
 
-    def auxiliary_loss(self, trace: Trace) -> Tensor | None:
+    def auxiliary_loss(self, trace: Trace, batch: Batch) -> Tensor | None:
         """penalty * sum over layers l of l * |r_l|_1, only in the soft stage."""
         if self.mode != "soft":
             return None

@@ -37,7 +37,6 @@ class Retention(PolicyConfig):
     retention: tuple[float, ...] | None = None
     min_tokens: int = 1
     score: ClassVar[str] = "attention-mass"
-    point: ClassVar[Point] = Point.AFTER_ATTENTION
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     import datasets
 
 FILE = "frontier.json"
-TRAINED = "trained under"  # its name among the notes: every configuration of the stages, by rising speedup when searched
+TRAINED = (
+    "trained under"  # its name among the notes: every configuration of the stages, by rising speedup when searched
+)
 
 
 def searched(

@@ -15,6 +15,7 @@ from thresher.model import attachment_of, detach, find_encoder, is_attached
 from thresher.policy import Draw, Stage, tracing
 
 LABELS = ("labels", "start_positions", "end_positions")
+FOR_THE_POLICY = ("evidence",)  # [B, N] of 0 and 1: columns that no model takes
 
 
 def stock_copy(model: Any) -> Any:
@@ -72,7 +73,8 @@ def neighbourhood_loss(ours: Tensor, theirs: Tensor, temperature: float = 0.05) 
 class Learner(nn.Module):
     """Model, policy and the stage's losses together, so that a trainer saves, moves and synchronises both.
 
-    forward(**batch) → {"loss", "logits"}; batch is what the model takes, with labels where the stage uses them.
+    forward(**batch) → {"loss", "logits"}; batch is what the model takes, with labels where the stage uses them, and what only
+    the policy's own loss reads.
     """
 
     # Else Trainer thinks that **batch takes num_items_in_batch and leaves the loss undivided when accumulating.
@@ -100,9 +102,9 @@ class Learner(nn.Module):
         return model(batch) if self.takes_features else model(**batch)
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        stage, mask = self.stage, batch.get("attention_mask")
-        if not stage.label_weight:
-            batch = {k: v for k, v in batch.items() if k not in LABELS}
+        stage, mask, given = self.stage, batch.get("attention_mask"), batch
+        hidden = FOR_THE_POLICY if stage.label_weight else (*FOR_THE_POLICY, *LABELS)
+        batch = {k: v for k, v in batch.items() if k not in hidden}
         loss, first = None, None
         for draw in self.policy.draws(stage) if self.policy else (Draw(None, stage.label_weight, stage.distil_weight),):
             with tracing() as traces, draw.applied():
@@ -110,7 +112,7 @@ class Learner(nn.Module):
             first = outputs if first is None else first
             added = self._loss(draw, outputs, first, batch)
             if self.policy is not None:
-                auxiliary = self.policy.auxiliary_loss(traces[-1])
+                auxiliary = self.policy.auxiliary_loss(traces[-1], given)
                 added = added if auxiliary is None else added + auxiliary
             loss = added if loss is None else loss + added
         assert first is not None

@@ -26,6 +26,22 @@ from thresher.training.learner import Learner
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
+class _WithEvidence:
+    """A collator that pads `evidence` too, which tokenizers know nothing of: nothing is evidence where nothing is."""
+
+    def __init__(self, collator: Any, side: str) -> None:
+        self.collator, self.left = collator, side == "left"
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
+        batch = self.collator([{name: value for name, value in row.items() if name != "evidence"} for row in rows])
+        evidence = torch.zeros_like(batch["input_ids"])
+        for marks, row in zip(evidence, rows, strict=True):
+            place = slice(len(marks) - len(row["evidence"]), None) if self.left else slice(len(row["evidence"]))
+            marks[place] = torch.tensor(row["evidence"])
+        batch["evidence"] = evidence
+        return batch
+
+
 class _StageTrainer(Trainer):
     """Trainer with a learning rate of its own for the policy's parameters."""
 
@@ -134,7 +150,9 @@ def run_stage(
     for parameter in frozen:
         parameter.requires_grad_(False)
     per_token = "labels" in rows.column_names and isinstance(rows[0]["labels"], list)
-    collator = DataCollatorForTokenClassification if per_token else DataCollatorWithPadding
+    collator: Any = (DataCollatorForTokenClassification if per_token else DataCollatorWithPadding)(tokenizer)
+    if "evidence" in rows.column_names:
+        collator = _WithEvidence(collator, tokenizer.padding_side)
     settings = training_arguments(
         directory,
         {
@@ -153,7 +171,7 @@ def run_stage(
         learner,
         settings,
         train_dataset=rows,
-        data_collator=collator(tokenizer),
+        data_collator=collator,
         callbacks=[*callbacks, *([] if policy is None else [_AfterStep(policy)])],
     )
     trainer.remove_callback(PrinterCallback)  # it would print to standard output, which belongs to the caller
