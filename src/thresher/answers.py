@@ -24,13 +24,18 @@ def guard(model: PreTrainedModel) -> None:
     Only what it returns: its loss is that of the logits which it computes from a dropped token's last state, and so goes on
     teaching where an answer was dropped.
     """
-    if type(model).__name__.endswith("ForQuestionAnswering"):
+    if _answers(model):
         model.forward = functools.update_wrapper(functools.partial(_run, model), model.forward)
 
 
 def release(model: PreTrainedModel) -> None:
-    """Take `guard` off again."""
-    model.__dict__.pop("forward", None)
+    """Take `guard` off again; the forward of any other model is not its own."""
+    if _answers(model):
+        del model.forward
+
+
+def _answers(model: PreTrainedModel) -> bool:
+    return type(model).__name__.endswith("ForQuestionAnswering")
 
 
 def note(policy: Policy[Any] | None, tokens: PackedTokens) -> None:

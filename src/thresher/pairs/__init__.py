@@ -1,0 +1,79 @@
+"""One query, many candidates: each candidate is encoded once, kept, and scored against every query.
+
+Names load when they are first used, so that the store needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from thresher.pairs.cache import Block, Cache
+    from thresher.pairs.colbert import ColBERT, ColBERTConfig
+    from thresher.pairs.cross import CrossConfig, CrossEncoder
+    from thresher.pairs.deformer import DeFormer, DeFormerConfig
+    from thresher.pairs.dual import DualConfig, DualEncoder
+    from thresher.pairs.learning import train
+    from thresher.pairs.losses import PairLearner, PairLoss
+    from thresher.pairs.mixencoder import MixEncoder, MixEncoderConfig
+    from thresher.pairs.poly import PolyConfig, PolyEncoder
+    from thresher.pairs.reranker import Reranker
+    from thresher.pairs.saving import SCORERS, load, save
+    from thresher.pairs.scorer import Scorer, ScorerConfig
+    from thresher.pairs.virt import VIRT, VIRTConfig
+
+_HOME = {
+    "cache": ("Block", "Cache"),
+    "colbert": ("ColBERT", "ColBERTConfig"),
+    "cross": ("CrossConfig", "CrossEncoder"),
+    "deformer": ("DeFormer", "DeFormerConfig"),
+    "dual": ("DualConfig", "DualEncoder"),
+    "learning": ("train",),
+    "losses": ("PairLearner", "PairLoss"),
+    "mixencoder": ("MixEncoder", "MixEncoderConfig"),
+    "poly": ("PolyConfig", "PolyEncoder"),
+    "reranker": ("Reranker",),
+    "saving": ("SCORERS", "load", "save"),
+    "scorer": ("Scorer", "ScorerConfig"),
+    "virt": ("VIRT", "VIRTConfig"),
+}
+_MODULE = {name: f"thresher.pairs.{module}" for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "SCORERS",
+    "VIRT",
+    "Block",
+    "Cache",
+    "ColBERT",
+    "ColBERTConfig",
+    "CrossConfig",
+    "CrossEncoder",
+    "DeFormer",
+    "DeFormerConfig",
+    "DualConfig",
+    "DualEncoder",
+    "MixEncoder",
+    "MixEncoderConfig",
+    "PairLearner",
+    "PairLoss",
+    "PolyConfig",
+    "PolyEncoder",
+    "Reranker",
+    "Scorer",
+    "ScorerConfig",
+    "VIRTConfig",
+    "load",
+    "save",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module 'thresher.pairs' has no attribute {name!r}")
+    return getattr(import_module(_MODULE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

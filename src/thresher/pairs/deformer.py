@@ -1,0 +1,128 @@
+"""DeFormer (Cao et al. 2020): lower layers read each side alone, a candidate's once for all queries; upper ones read pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from thresher.attention import attend
+from thresher.backbones.opened import open_layers
+from thresher.errors import OptionError
+from thresher.packed import Layout, PackedTokens
+from thresher.pairs.cache import Block
+from thresher.pairs.heads import JointHead
+from thresher.pairs.layers import Linears, after_attention, by_head
+from thresher.pairs.reading import read, watch
+from thresher.pairs.scorer import Query, Scorer, ScorerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeFormerConfig(ScorerConfig):
+    """lower: how many layers read the sides apart; None for three quarters of them (9 of 12 in the paper)."""
+
+    kind: ClassVar[str] = "deformer"
+
+    lower: int | None = None
+
+    def split(self, count: int) -> int:
+        """`lower` for an encoder of `count` layers. Raises OptionError."""
+        found = max(1, 3 * count // 4) if self.lower is None else self.lower
+        if not 0 < found < count:
+            raise OptionError(f"Of {count} layers 1 to {count - 1} can read the sides apart, not {found}.")
+        return found
+
+
+class DeFormer(Scorer[DeFormerConfig]):
+    """Keeps [n_i, D] of a candidate and [n, D] of a query, the states that the lower layers end with.
+
+    A pair is [CLS] query [SEP] and candidate [SEP], the same tokens that a cross-encoder reads; positions of both sides begin
+    at 0, and a candidate's token types are those of the second text.
+    """
+
+    config_class = DeFormerConfig
+    chunk = 32
+
+    def __init__(self, encoder: Any, tokenizer: Any, config: DeFormerConfig) -> None:
+        super().__init__(encoder, tokenizer, config)
+        self.layers = open_layers(encoder)
+        watch(self.layers)
+        self.lower = config.split(len(self.layers))
+        self.linears = Linears(encoder)
+        self.head = JointHead(encoder.config.hidden_size, config.classes)
+
+    def query_room(self) -> tuple[list[int], list[int]]:
+        return self.frame.before, self.frame.between[:1]
+
+    def candidate_room(self) -> tuple[list[int], list[int]]:
+        return self.frame.between[1:], self.frame.after
+
+    def candidate_states(self, rows: Sequence[Sequence[int]]) -> Block:
+        return self._lower(rows, kind=1, reduced=False)
+
+    def query_states(self, rows: Sequence[Sequence[int]]) -> list[Query]:
+        return [(states,) for states in self._lower(rows, kind=0, reduced=True).rows()]
+
+    def _lower(self, rows: Sequence[Sequence[int]], *, kind: int, reduced: bool) -> Block:
+        first = self.lower + 1
+        types = [[kind] * len(row) for row in rows]
+        reading = read(self.encoder, rows, types=types, entering=(first,), last=False, reduced=reduced)
+        return Block(reading.entering[first].hidden, reading.entering[first].sizes)
+
+    def match(self, query: Query, block: Block) -> Tensor:
+        *_, (states, sizes) = self.upper(query, block)
+        starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
+        return self.head(states[starts.to(states.device)])  # type: ignore[no-any-return]
+
+    def upper(self, query: Query, block: Block) -> list[tuple[Tensor, list[int]]]:
+        """What each upper layer ends with, of every pair [query; candidate]: [T, D], and how many tokens each pair has."""
+        (states,) = query
+        joined = [part for candidate in block.rows() for part in (states, candidate)]
+        tokens = _packed(torch.cat(joined), [len(states) + size for size in block.sizes])
+        found = []
+        for layer in self.layers[self.lower :]:
+            q, k, v = (
+                by_head(self.linears(one, tokens.hidden), layer.heads) for one in (layer.query, layer.key, layer.value)
+            )
+            dropout = layer.dropout.p if layer.dropout.training else 0.0
+            context, _ = attend(q, k, v, tokens, scale=layer.scale, dropout=dropout)
+            tokens = tokens.with_hidden(
+                after_attention(layer, context.reshape(len(context), -1), tokens.hidden, self.linears)
+            )
+            found.append((tokens.hidden, tokens.layout.sizes))
+        return found
+
+    def imitation(self, teacher: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor | None:
+        """Mean squared difference of the upper layers' states (section 3.3); needs a cross-encoder of the same shape.
+
+        Raises OptionError where the teacher is another one.
+        """
+        reference = teacher.layer_states(pairs, range(self.lower + 1, len(self.layers) + 1), like=self.encoder)
+        before, between = self.query_room()
+        second, after = self.candidate_room()
+        queries = self.query_states([[*before, *query, *between] for query, _ in pairs])
+        block = self.candidate_states([[*second, *candidate, *after] for _, candidate in pairs])
+        losses = []
+        for number, query in enumerate(queries):
+            ours = self.upper(query, block.select([number]))
+            losses += [F.mse_loss(x, layer[number]) for (x, _), layer in zip(ours, reference, strict=True)]
+        return torch.stack(losses).mean()
+
+
+def _packed(hidden: Tensor, sizes: list[int]) -> PackedTokens:
+    """Rows side by side, of which nothing drops: attention asks for no more than how long they are."""
+    lengths = torch.tensor(sizes, device=hidden.device)
+    positions = torch.cat([torch.arange(size) for size in sizes]).to(hidden.device)
+    layout = Layout(
+        lengths=lengths,
+        positions=positions,
+        segments=torch.zeros_like(positions),
+        protected=torch.ones_like(positions, dtype=torch.bool),
+        original=lengths,
+        width=max(sizes),
+    )
+    return PackedTokens(hidden, layout.knowing(sizes))

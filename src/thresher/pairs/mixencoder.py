@@ -1,0 +1,169 @@
+"""MixEncoder (Yang et al. 2023, "Once is Enough"): candidates of k vectors look at a query that is encoded once.
+
+Where the paper leaves something open, what is chosen here is written beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from thresher.backbones.opened import OpenedLayer, open_layers
+from thresher.errors import OptionError
+from thresher.pairs.cache import Block
+from thresher.pairs.heads import PairHead, Similarity, check_choice
+from thresher.pairs.interaction import Interaction, Residual
+from thresher.pairs.layers import Linears, by_head
+from thresher.pairs.reading import States, read, watch
+from thresher.pairs.scorer import Query, Scorer, ScorerConfig
+
+Strategy = Literal["S", "C"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixEncoderConfig(ScorerConfig):
+    """The defaults are MixEncoder-a.
+
+    k: vectors kept of a candidate.
+    layers: the interaction layers, counted from the last: -1 the last, -2 the one before it; or from 1, the first.
+    strategy: "S", the outputs of k learned vectors read in place of [CLS]; "C", k codes that attend over a candidate's states.
+    similarity: "dot" as the released code, "cosine" as the paper's 3.2. With classes an MLP on [h; e; |h - e|] instead.
+    use_h: False for the ablation without H (table 3): the query is its [CLS] state, the same for every candidate.
+    use_e: False for the ablation without E: a candidate stays what was kept of it.
+    residual: what is added to the query's side of an interaction behind attention, which the paper does not say: "attended",
+        the query's states averaged with that attention, as a token of the query carries its own state along; "previous",
+        H_{j-1}.
+    """
+
+    kind: ClassVar[str] = "mixencoder"
+
+    k: int = 1
+    layers: tuple[int, ...] = (-1,)
+    strategy: Strategy = "S"
+    similarity: Similarity = "dot"
+    use_h: bool = True
+    use_e: bool = True
+    residual: Residual = "attended"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("strategy", self.strategy, Strategy)
+        check_choice("similarity", self.similarity, Similarity)
+        check_choice("residual", self.residual, Residual)
+        if self.k < 1:
+            raise OptionError(f"A candidate is kept as at least 1 vector, not {self.k}.")
+        if not self.layers:
+            raise OptionError("MixEncoder needs at least one interaction layer.")
+        if not (self.use_h or self.use_e):
+            raise OptionError("Without both H and E nothing interacts; that is a dual-encoder.")
+
+    @classmethod
+    def a(cls, **settings: Any) -> Self:
+        """MixEncoder-a: k = 1, the last layer."""
+        return cls(**{"k": 1, "layers": (-1,), **settings})
+
+    @classmethod
+    def b(cls, **settings: Any) -> Self:
+        """MixEncoder-b: k = 1, the last three layers."""
+        return cls(**{"k": 1, "layers": (-3, -2, -1), **settings})
+
+    @classmethod
+    def c(cls, **settings: Any) -> Self:
+        """MixEncoder-c: k = 2, the last three layers."""
+        return cls(**{"k": 2, "layers": (-3, -2, -1), **settings})
+
+    def numbers(self, count: int) -> tuple[int, ...]:
+        """The interaction layers of an encoder of `count` layers, counted from 1, ascending. Raises OptionError."""
+        found = sorted(number + count + 1 if number < 0 else number for number in self.layers)
+        if found[0] < 1 or found[-1] > count or len(set(found)) < len(found):
+            raise OptionError(
+                f"The interaction layers {self.layers} are not different ones of an encoder of {count} layers."
+            )
+        return tuple(found)
+
+
+class MixEncoder(Scorer[MixEncoderConfig]):
+    """Keeps [k, D] of a candidate; of a query, for each interaction layer, its keys and values [H, n, d] and the states [n, D]
+    that entered the layer, and without H its [CLS] state [D]."""
+
+    config_class = MixEncoderConfig
+    chunk = 512
+
+    def __init__(self, encoder: Any, tokenizer: Any, config: MixEncoderConfig) -> None:
+        super().__init__(encoder, tokenizer, config)
+        layers = open_layers(encoder)
+        watch(layers)
+        self.numbers = config.numbers(len(layers))
+        self.opened: tuple[OpenedLayer, ...] = tuple(layers[number - 1] for number in self.numbers)
+        self.linears = Linears(encoder)
+        size = encoder.config.hidden_size
+        self.context = _first_states(encoder, tokenizer, config) if config.strategy == "S" else _codes(config.k, size)
+        self.interactions = nn.ModuleList(
+            Interaction(layer, size, use_h=config.use_h, use_e=config.use_e, residual=config.residual)
+            for layer in self.opened
+        )
+        self.head = PairHead(size, config.classes, config.similarity)
+
+    def candidate_room(self) -> tuple[list[int], list[int]]:
+        return ([] if self.config.strategy == "S" else self.frame.before), self.frame.after
+
+    def candidate_rows(self, texts: Sequence[Any]) -> tuple[list[list[int]], int]:
+        vectors = self.config.k if self.config.strategy == "S" else 0
+        return self._framed(texts, self.candidate_room(), self.config.max_candidate - vectors)
+
+    def candidate_states(self, rows: Sequence[Sequence[int]]) -> Block:
+        k = self.config.k
+        if self.config.strategy == "S":
+            states = read(self.encoder, rows, vectors=self.context).last
+            assert states is not None
+            kept = [row[:k] for row in states.rows()]
+        else:
+            states = read(self.encoder, rows).last
+            assert states is not None
+            kept = [torch.softmax(self.context @ row.T, -1) @ row for row in states.rows()]
+        return Block(torch.cat(kept), [k] * len(rows))
+
+    def query_states(self, rows: Sequence[Sequence[int]]) -> list[Query]:
+        reading = read(self.encoder, rows, entering=self.numbers, last=not self.config.use_h, reduced=True)
+        layers = [
+            self._keys_and_values(layer, reading.entering[number])
+            for layer, number in zip(self.opened, self.numbers, strict=True)
+        ]
+        queries = [tuple(x for layer in layers for x in layer[row]) for row in range(len(rows))]
+        if self.config.use_h:
+            return queries
+        assert reading.last is not None
+        return [(*query, first) for query, first in zip(queries, reading.last.first(), strict=True)]
+
+    def _keys_and_values(self, layer: OpenedLayer, states: States) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """For each query its keys and values [H, n, d] and its states [n, D]."""
+        both = (by_head(self.linears(linear, states.hidden), layer.heads) for linear in (layer.key, layer.value))
+        key, value = (x.split(states.sizes, 1) for x in both)
+        return list(zip(key, value, states.rows(), strict=True))
+
+    def match(self, query: Query, block: Block) -> Tensor:
+        e, h = block.dense, None
+        for number, interaction in enumerate(self.interactions):
+            key, value, states = query[3 * number : 3 * number + 3]
+            e, h = interaction(self.opened[number], self.linears, key, value, states, e, h)
+        candidate = e.mean(1)
+        return self.head(query[-1].expand_as(candidate) if h is None else h, candidate)  # type: ignore[no-any-return]
+
+
+def _first_states(encoder: Any, tokenizer: Any, config: MixEncoderConfig) -> nn.Parameter:
+    """[k, E], the vectors of the S-strategy. They begin as [CLS], so that k = 1 begins as a dual-encoder; positions tell them
+    apart."""
+    if config.max_candidate <= config.k + 2:
+        raise OptionError(f"max_candidate={config.max_candidate} has no room for a text beside k={config.k} vectors.")
+    start = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
+    word = encoder.get_input_embeddings().weight[start].detach()
+    return nn.Parameter(word.repeat(config.k, 1))
+
+
+def _codes(k: int, size: int) -> nn.Parameter:
+    """[k, D], the codes of the C-strategy (Humeau et al. 2020)."""
+    return nn.Parameter(torch.randn(k, size) * size**-0.5)

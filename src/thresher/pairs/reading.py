@@ -1,0 +1,191 @@
+"""Token ids through an attached encoder to packed states: those it ends with, and those that enter a layer."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Collection, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from thresher.backbones.opened import OpenedLayer
+from thresher.engine import keep_everything
+from thresher.model import attachment_of
+from thresher.policy import Trace, tracing
+
+
+@dataclass(frozen=True)
+class States:
+    """hidden: [T, D], the states of all rows side by side, without padding and without what a policy dropped.
+    sizes: how many each row has, at least 1."""
+
+    hidden: Tensor
+    sizes: list[int]
+
+    def rows(self) -> tuple[Tensor, ...]:
+        return self.hidden.split(self.sizes)  # type: ignore[no-any-return]
+
+    def first(self) -> Tensor:
+        """[B, D], of each row's first token, which no policy drops."""
+        starts = torch.tensor([0, *self.sizes[:-1]]).cumsum(0)
+        return self.hidden[starts.to(self.hidden.device)]
+
+    def mean(self) -> Tensor:
+        """[B, D]"""
+        return torch.stack([row.mean(0) for row in self.rows()])
+
+
+@dataclass
+class Reading:
+    """last: what the encoder ends with; None where it was stopped before. entering: by layer (from 1), what its query, key
+    and value read. logits: of an encoder with a head."""
+
+    last: States | None = None
+    entering: dict[int, States] = field(default_factory=dict)
+    logits: Tensor | None = None
+
+
+class _Enough(Exception):
+    """Every state that was asked for is there."""
+
+
+class _Capture:
+    """Collects states during one pass. mask: [B, N] bool, real tokens."""
+
+    def __init__(self, layers: Collection[int], mask: Tensor, stop: bool) -> None:
+        self.layers = frozenset(layers)
+        self.stop = max(self.layers) if stop else 0
+        self.mask = mask
+        self.traces: list[Trace] | None = None
+        self.found: dict[int, States] = {}
+
+    def alive(self) -> Tensor:
+        """[B, N] bool, the tokens that were not dropped so far."""
+        if not self.traces:
+            return self.mask
+        alive = self.mask.clone()
+        for _, index in self.traces[-1].dropped:
+            alive.view(-1)[index] = False
+        return alive
+
+    def note(self, layer: int, hidden: Tensor) -> None:
+        """hidden: [1, T, D] in a packed pass, [B, N, D] in a stock one."""
+        if layer in self.layers:
+            padded = len(self.mask) > 1 and len(hidden) == len(self.mask)
+            packed = hidden[self.mask] if padded else hidden[0]
+            alive = self.alive()
+            sizes = alive.sum(1).tolist()
+            if len(packed) != sum(sizes):  # drops are simulated: what is gone still lies there
+                packed = packed[alive[self.mask]]
+            self.found[layer] = States(packed, sizes)
+        if layer == self.stop:
+            raise _Enough
+
+
+_capturing: ContextVar[_Capture | None] = ContextVar("thresher_capturing", default=None)
+
+
+def _on_attention(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    capture = _capturing.get()
+    if capture is not None:
+        capture.note(layer, args[0] if args else kwargs["hidden_states"])
+
+
+def watch(layers: Sequence[OpenedLayer]) -> None:
+    """Let `read` hand out what enters these layers; once for a model, further calls change nothing.
+
+    The hooks are on the attention modules, inside the layer: there the states are packed, whatever was hooked to the layer
+    later.
+    """
+    for number, layer in enumerate(layers, start=1):
+        hooks = layer.attention._forward_pre_hooks.values()
+        if not any(isinstance(hook, partial) and hook.func is _on_attention for hook in hooks):
+            layer.attention.register_forward_pre_hook(partial(_on_attention, number), with_kwargs=True)
+
+
+def read(
+    encoder: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    *,
+    types: Sequence[Sequence[int]] | None = None,
+    vectors: Tensor | None = None,
+    entering: Collection[int] = (),
+    last: bool = True,
+    reduced: bool = False,
+) -> Reading:
+    """One packed pass over rows of token ids.
+
+    types: token types of every token; by default 0, and left out where the family has none.
+    vectors: [k, E], input embeddings put before every row.
+    entering: layers (from 1) whose input is wanted; `watch` must have been called. last: False stops before the layer after
+        the last of these.
+    reduced: whether the encoder's policy may drop tokens here.
+    """
+    device = encoder.device
+    inputs, mask = _inputs(encoder, rows, types, vectors)
+    capture = _Capture(entering, mask, stop=not last)
+    policy = attachment_of(encoder).policy
+    drops = reduced and policy is not None and policy.mode != "off"
+    with contextlib.ExitStack() as stack:
+        if drops:
+            capture.traces = stack.enter_context(tracing(record=True))
+        elif not reduced:
+            stack.enter_context(keep_everything())
+        token = _capturing.set(capture)
+        try:
+            outputs = encoder(**{name: value.to(device) for name, value in inputs.items()})
+        except _Enough:
+            return Reading(entering=capture.found)
+        finally:
+            _capturing.reset(token)
+    if "logits" in outputs:
+        return Reading(None, capture.found, outputs.logits)
+    alive = capture.alive()
+    return Reading(States(outputs.last_hidden_state[alive], alive.sum(1).tolist()), capture.found)
+
+
+def _inputs(
+    encoder: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    types: Sequence[Sequence[int]] | None,
+    vectors: Tensor | None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The encoder's arguments, and [B, N] bool, where their real tokens are. Padding lasts until the layers begin."""
+    pad = encoder.config.pad_token_id or 0
+    ids, mask = padded(rows, pad), padded([[1] * len(row) for row in rows], 0)
+    inputs = {"input_ids": ids.to(encoder.device)}
+    if takes_types(encoder):
+        inputs["token_type_ids"] = torch.zeros_like(ids) if types is None else padded(types, 0)
+    if vectors is not None:
+        words = encoder.get_input_embeddings()(inputs.pop("input_ids"))
+        inputs["inputs_embeds"] = torch.cat([vectors.expand(len(rows), -1, -1).to(words.dtype), words], 1)
+        before = mask.new_ones(len(rows), len(vectors))
+        mask = torch.cat([before, mask], 1)
+        if "token_type_ids" in inputs:
+            inputs["token_type_ids"] = torch.cat([torch.zeros_like(before), inputs["token_type_ids"]], 1)
+    return {**inputs, "attention_mask": mask}, mask.bool().to(encoder.device)
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    """[B, N] int64"""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
+
+
+def takes_types(encoder: PreTrainedModel) -> bool:
+    """Whether the family tells the two texts of a pair apart by token types."""
+    known = "token_type_ids" in inspect.signature(type(encoder).forward).parameters
+    return known and getattr(encoder.config, "type_vocab_size", 0) > 1
+
+
+def longest(encoder: PreTrainedModel) -> int:
+    """The most tokens that the encoder has positions for."""
+    offset = getattr(getattr(encoder.base_model, "embeddings", None), "padding_idx", None)
+    most: int = encoder.config.max_position_embeddings
+    return most if offset is None else most - offset - 1  # RoBERTa's positions begin behind that of padding

@@ -1,0 +1,137 @@
+"""What a saved scorer's directory holds: the encoder's own checkpoint and tokenizer, scorer.safetensors and scorer.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer
+
+from thresher import model as models
+from thresher.checkpoint import staged
+from thresher.errors import CheckpointError, OptionError, nearest
+from thresher.pairs.colbert import ColBERT
+from thresher.pairs.cross import CrossEncoder
+from thresher.pairs.deformer import DeFormer
+from thresher.pairs.dual import DualEncoder
+from thresher.pairs.mixencoder import MixEncoder
+from thresher.pairs.poly import PolyEncoder
+from thresher.pairs.scorer import Scorer
+from thresher.pairs.virt import VIRT
+
+FORMAT = 1
+SETTINGS = "scorer.json"
+WEIGHTS = "scorer.safetensors"
+ENCODER = "encoder."
+
+SCORERS: dict[str, type[Scorer[Any]]] = {
+    scorer.config_class.kind: scorer
+    for scorer in (MixEncoder, DualEncoder, PolyEncoder, ColBERT, DeFormer, VIRT, CrossEncoder)
+}
+
+
+def scorer_class(kind: str) -> type[Scorer[Any]]:
+    """Raises OptionError for a kind that there is not."""
+    if kind not in SCORERS:
+        raise OptionError(f"There is no scorer {kind!r}{nearest(str(kind), SCORERS)}")
+    return SCORERS[kind]
+
+
+def save(scorer: Scorer[Any], directory: Any) -> None:
+    """Write a scorer, all or nothing: AutoModel and AutoTokenizer load the directory, `thresher.load` the encoder with its
+    policy, `load` everything.
+
+    Raises CheckpointError with the reason when it cannot be written; what was there before is then still there.
+    """
+    with staged(directory, last=SETTINGS) as staging:
+        scorer.encoder.save_pretrained(str(staging))
+        scorer.tokenizer.save_pretrained(str(staging))
+        safetensors.torch.save_file(extra_state(scorer), staging / WEIGHTS)
+        settings = {
+            "format": FORMAT,
+            "scorer": scorer.config.kind,
+            "config": scorer.config.to_dict(),
+            "weights_sha256": _sha256(staging / WEIGHTS),
+        }
+        (staging / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def extra_state(scorer: Scorer[Any]) -> dict[str, torch.Tensor]:
+    """The weights that are not the encoder's, by name, on the CPU."""
+    state = {name: value for name, value in scorer.state_dict().items() if not name.startswith(ENCODER)}
+    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+def load(directory: Any, *, device: str | torch.device | None = None) -> Any:
+    """The scorer that `save` wrote, with the encoder's policy, in eval mode.
+
+    Raises CheckpointError, saying which file is missing, corrupted, of another version or holds weights that are no numbers.
+    """
+    path = Path(directory)
+    kind, config, digest = _settings(path)
+    weights = path / WEIGHTS
+    if not weights.is_file():
+        raise CheckpointError(
+            f"{path} has {SETTINGS} but no {WEIGHTS}; copy the whole directory or save the scorer again."
+        )
+    if _sha256(weights) != digest:
+        raise CheckpointError(
+            f"{weights} is not the file that {SETTINGS} was written with (checksum differs); save the scorer again."
+        )
+    encoder = models.load(path)
+    try:
+        scorer_type = scorer_class(kind)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        scorer = scorer_type(encoder, tokenizer, scorer_type.config_class.from_dict(config))
+        extra = safetensors.torch.load_file(weights)
+        missing, unexpected = scorer.load_state_dict(extra, strict=False)
+        lacking = [name for name in missing if not name.startswith(ENCODER)]
+        if lacking or unexpected:
+            raise ValueError(f"its weights do not fit ({', '.join([*lacking, *unexpected])})")
+    except (OptionError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise CheckpointError(f"{path} does not load as the scorer that {SETTINGS} names: {reason}.") from error
+    _refuse_what_is_no_number(scorer, path)
+    return scorer.eval() if device is None else scorer.eval().to(device)
+
+
+def _settings(path: Path) -> tuple[str, dict[str, Any], str]:
+    file = path / SETTINGS
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory; give the one that a scorer was saved to.")
+    if not file.is_file():
+        raise CheckpointError(
+            f"{path} has no {SETTINGS}, so no scorer was saved there; make a new one with from_encoder, or train one."
+        )
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        version, kind, config = settings["format"], settings["scorer"], settings["config"]
+        digest = settings["weights_sha256"]
+        if not isinstance(kind, str) or not isinstance(config, dict):
+            raise TypeError(f"scorer is {kind!r} and config {config!r}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{file} is corrupted ({type(error).__name__}: {error}); save the scorer again."
+        ) from error
+    if version != FORMAT:
+        raise CheckpointError(
+            f"{file} has format {version!r}, this version reads {FORMAT}; use a matching version of thresher."
+        )
+    return kind, config, digest
+
+
+def _refuse_what_is_no_number(scorer: Scorer[Any], path: Path) -> None:
+    for name, value in scorer.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise CheckpointError(
+                f"{path} holds NaN or infinity in {name}, so it scores nothing; train or copy it again."
+            )
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,310 @@
+"""The one interface of all scorers: candidates are encoded once, then scored and ranked for each query."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from thresher.errors import CheckpointError, DataError, OptionError, nearest
+from thresher.model import attach, evaluating, is_attached
+from thresher.pairs.cache import Block, Cache, Id, Storage
+from thresher.pairs.reading import longest
+from thresher.pairs.texts import Frame, Text, tokens_of
+from thresher.policy import PolicyConfig
+
+TOKENS = 4096  # read in one pass: enough to keep every core busy, few enough for the caches and for memory
+
+Query = tuple[Tensor, ...]
+"""What a scorer keeps of one query while candidates are matched against it; which tensors, each scorer says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerConfig:
+    """Settings that every scorer has.
+
+    max_query, max_candidate: the most tokens of either side, special ones included; longer texts are cut, counted and warned
+        of.
+    classes: 0 for a score that ranks; 1 for one learned from numbers; more for classification. From 1 on a head gives as many
+        logits.
+    """
+
+    kind: ClassVar[str] = ""
+
+    max_query: int = 256
+    max_candidate: int = 128
+    classes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.classes < 0:
+            raise OptionError(f"classes must be 0 or more, not {self.classes!r}.")
+        for name in ("max_query", "max_candidate"):
+            if getattr(self, name) < 4:
+                raise OptionError(f"{name} must be at least 4, not {getattr(self, name)!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Raises OptionError for a setting that this scorer does not have."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                raise OptionError(f"The scorer {cls.kind!r} has no setting {name!r}{nearest(name, known)}")
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**settings)
+
+    def replace(self, **changes: Any) -> Self:
+        return dataclasses.replace(self, **changes)
+
+
+ConfigT = TypeVar("ConfigT", bound=ScorerConfig)
+
+
+class Scorer(nn.Module, Generic[ConfigT]):
+    """Scores one query against candidates.
+
+    A subclass says what is kept of a candidate (`candidate_states`), of a query (`query_states`), and how the two are matched
+    (`match`); the three are differentiable and what training runs. The encoder runs packed; a policy on it reduces queries
+    (and the pairs that a joint reader reads), never what is cached of a candidate.
+
+    chunk: candidates matched at a time by default.
+    """
+
+    config_class: ClassVar[type[ScorerConfig]]
+    chunk: ClassVar[int] = 1024
+
+    def __init__(self, encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ConfigT) -> None:
+        """encoder: without a head; it is attached (packed, no policy) where it is not yet."""
+        super().__init__()
+        most = longest(encoder)
+        for name in ("max_query", "max_candidate"):
+            if (wanted := getattr(config, name)) > most:
+                raise OptionError(f"{name}={wanted} is more than the {most} tokens that the encoder has positions for.")
+        self.encoder = encoder if is_attached(encoder) else attach(encoder)
+        self.tokenizer = tokenizer
+        self.config = config
+        self.frame = Frame.of(tokenizer)
+        # What no scorer reads is not trained either: an optimizer would only let it decay.
+        if isinstance(pooler := getattr(self.encoder, "pooler", None), nn.Module):
+            pooler.requires_grad_(False)
+
+    @classmethod
+    def from_encoder(
+        cls, source: Any, config: ConfigT | None = None, policy: PolicyConfig | str | None = None, **settings: Any
+    ) -> Self:
+        """A new scorer, still to be trained, on the encoder in a directory (or of a hub name).
+
+        settings: of the config, e.g. k=2, instead of or over `config`.
+        Raises CheckpointError where nothing can be loaded from `source`.
+        """
+        try:
+            encoder = AutoModel.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(f"{source} does not load as an encoder with its tokenizer: {reason}") from error
+        made: Any = cls.config_class(**settings) if config is None else config.replace(**settings)
+        return cls(attach(encoder.eval(), policy), tokenizer, made).eval()
+
+    # What a scorer is.
+
+    def candidate_states(self, rows: Sequence[Sequence[int]]) -> Block:
+        """What is kept of candidates, given as `candidate_rows` frames them."""
+        raise NotImplementedError
+
+    def query_states(self, rows: Sequence[Sequence[int]]) -> list[Query]:
+        """What is kept of queries, given as `query_rows` frames them."""
+        raise NotImplementedError
+
+    def match(self, query: Query, block: Block) -> Tensor:
+        """[N] float32 scores; [N, C] logits where the config has classes."""
+        raise NotImplementedError
+
+    def query_room(self) -> tuple[list[int], list[int]]:
+        """The special tokens before and after a query."""
+        return self.frame.before, self.frame.after
+
+    def candidate_room(self) -> tuple[list[int], list[int]]:
+        """The special tokens before and after a candidate. Vectors that are put before it take room of their own."""
+        return self.frame.before, self.frame.after
+
+    # What a caller does with it.
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.device  # type: ignore[no-any-return]
+
+    @property
+    def signature(self) -> str:
+        """Kind and the settings that a candidate depends on: a cache is of use to scorers with the same one, as long as the
+        weights are the same."""
+        settings = {"hidden": self.encoder.config.hidden_size, **self.config.to_dict()}
+        del settings["max_query"]
+        return f"{self.config.kind} {json.dumps(settings, sort_keys=True)}"
+
+    def fingerprint(self) -> str:
+        """SHA-256 of signature and weights, hexadecimal: what a store is stamped with. Takes a moment for large models."""
+        digest = hashlib.sha256(self.signature.encode())
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def query_rows(self, queries: Sequence[Text]) -> tuple[list[list[int]], int]:
+        """Token ids as a query is read, and how many were cut. Raises DataError for what is no text."""
+        return self._framed(queries, self.query_room(), self.config.max_query)
+
+    def candidate_rows(self, texts: Sequence[Text]) -> tuple[list[list[int]], int]:
+        """Token ids as a candidate is read, and how many were cut. Raises DataError for what is no text."""
+        return self._framed(texts, self.candidate_room(), self.config.max_candidate)
+
+    def _framed(
+        self, texts: Sequence[Text], room: tuple[list[int], list[int]], limit: int
+    ) -> tuple[list[list[int]], int]:
+        before, after = room
+        found = tokens_of(texts, self.tokenizer, limit - len(before) - len(after))
+        return [[*before, *row, *after] for row in found.rows], found.cut
+
+    def encode_candidates(
+        self,
+        texts: Sequence[Text],
+        ids: Sequence[Id] | None = None,
+        *,
+        storage: Storage = "float32",
+        batch_tokens: int = TOKENS,
+    ) -> Cache:
+        """What is kept of each candidate, on the CPU, in the order of `texts`.
+
+        ids: texts or numbers, none twice; by default 0..N-1. batch_tokens: read in one pass; the result depends on it by
+        rounding only. Warns of candidates that were cut.
+        Raises DataError for no candidates, ids that do not fit them, or what is no text.
+        """
+        rows, cut = self.candidate_rows(texts)
+        if not rows:
+            raise DataError("There are no candidates; give at least one.")
+        if ids is not None and len(ids) != len(rows):
+            raise DataError(f"{len(ids)} ids do not fit {len(rows)} candidates.")
+        found: list[Tensor | None] = [None] * len(rows)
+        with self._answering():
+            for index in by_length([len(row) for row in rows], batch_tokens):
+                states = self.candidate_states([rows[i] for i in index])
+                for i, vectors in zip(index, states.values.cpu().split(states.sizes), strict=True):
+                    found[i] = vectors
+        whole = [vectors for vectors in found if vectors is not None]
+        data, lengths = torch.cat(whole), torch.tensor([len(v) for v in whole])
+        names = tuple(range(len(rows)) if ids is None else ids)
+        cache = Cache(names, data, lengths, self.signature, cut=cut)
+        if data.is_floating_point():
+            cache = cache.to(storage)
+        if (notice := cache.notice()) is not None:
+            warnings.warn(notice + ".", stacklevel=2)
+        return cache
+
+    def score(self, query: Text, cache: Cache, *, chunk: int | None = None) -> Tensor:
+        """[N] float32 on the encoder's device, in the order of the cache; [N, C] logits where the config has classes > 1.
+
+        chunk: candidates matched at a time; memory grows with it, the scores depend on it by rounding only.
+        Warns of a query that was cut. Raises DataError for a cache of another scorer, OptionError for a chunk below 1.
+        """
+        if cache.signature != self.signature:
+            raise DataError(f"The cache was made by {cache.signature}, and this scorer is {self.signature}.")
+        size = self.chunk if chunk is None else chunk
+        if size < 1:
+            raise OptionError(f"A chunk has at least 1 candidate, not {size}.")
+        return self.score_blocks(query, cache.blocks(size, self.device))
+
+    def score_blocks(self, query: Text, blocks: Iterable[Block]) -> Tensor:
+        """As `score`, of candidates that lie elsewhere (in a store): one block on the encoder's device after the other, so that
+        memory is bounded by a block. Whether this scorer made them is for the caller to know. Raises DataError for no blocks.
+        """
+        rows, cut = self.query_rows([query])
+        if cut:
+            warnings.warn(f"The query is longer than {self.config.max_query} tokens and was cut.", stacklevel=3)
+        with self._answering():
+            (state,) = self.query_states(rows)
+            found = [self.match(state, block) for block in blocks]
+        if not found:
+            raise DataError("There are no candidates; give at least one.")
+        return torch.cat(found).to(torch.float32)
+
+    def rank(
+        self, query: Text, candidates: Cache | Sequence[Text], k: int | None = None, *, chunk: int | None = None
+    ) -> list[tuple[Id, float]]:
+        """The best k candidates (all where there are fewer), best first, with their scores; of equal ones the earlier first.
+
+        candidates: a cache; or texts, whose ids are then their places.
+        Raises OptionError for k below 1 or a scorer of several classes; the rest as in `score`.
+        """
+        if k is not None and k < 1:
+            raise OptionError(f"Ranking gives at least 1 candidate, not {k}.")
+        if self.config.classes > 1:
+            raise OptionError(f"A scorer of {self.config.classes} classes does not rank; use score or predict.")
+        cache = candidates if isinstance(candidates, Cache) else self.encode_candidates(candidates)
+        scores = self.score(query, cache, chunk=chunk)
+        best = scores.argsort(descending=True, stable=True)[:k]
+        return [(cache.ids[i], value) for i, value in zip(best.tolist(), scores[best].tolist(), strict=True)]
+
+    def predict(self, pairs: Sequence[tuple[Text, Text]]) -> np.ndarray:
+        """[n] float32 scores of (query, candidate) pairs in their order; [n, C] logits where the config has classes > 1.
+
+        A text that comes up in many pairs is encoded once. Raises DataError for no pairs.
+        """
+        if not pairs:
+            raise DataError("There are no pairs; give at least one.")
+        queries, candidates = ([_key(pair[side]) for pair in pairs] for side in (0, 1))
+        places = {text: place for place, text in enumerate(dict.fromkeys(candidates))}
+        cache = self.encode_candidates(list(places))
+        out: list[Tensor | None] = [None] * len(pairs)
+        for query in dict.fromkeys(queries):
+            asked = [i for i, text in enumerate(queries) if text == query]
+            wanted = list(dict.fromkeys(places[candidates[i]] for i in asked))
+            scores = dict(zip(wanted, self.score(query, cache.select(wanted)).cpu(), strict=True))
+            for i in asked:
+                out[i] = scores[places[candidates[i]]]
+        return torch.stack([one for one in out if one is not None]).numpy()
+
+    def save(self, directory: Any) -> None:
+        """Write everything that `thresher.pairs.load` reads; see `thresher.pairs.saving`."""
+        from thresher.pairs.saving import save
+
+        save(self, directory)
+
+    @contextlib.contextmanager
+    def _answering(self) -> Iterator[None]:
+        """eval mode and no gradients inside the block."""
+        mode = evaluating(self) if self.training or self.encoder.training else contextlib.nullcontext()
+        with mode, torch.inference_mode():
+            yield
+
+    def imitation(self, teacher: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor | None:
+        """What distillation adds to the teacher's scores: a loss over (query row, candidate row) pairs; None for nothing."""
+        return None
+
+
+def by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Numbers 0..n-1 in batches of similar length, longest first, each of about `tokens` tokens with padding."""
+    made: list[list[int]] = []
+    room = 0
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not made or lengths[number] > room:
+            made.append([])
+            room = tokens
+        made[-1].append(number)
+        room -= lengths[number]
+    return made
+
+
+def _key(text: Text) -> Any:
+    return text if isinstance(text, str) else tuple(text)

@@ -1,0 +1,107 @@
+"""Texts to the token ids that each side of a pair is read as, cut to their limits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from thresher.errors import DataError, OptionError
+from thresher.tasks.responses import EOS
+
+Text = str | Sequence[str] | Sequence[int]
+"""A text; a dialogue (its utterances, oldest first); or token ids without special tokens."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The special tokens that a tokenizer puts around one text (before, after) and between two (between)."""
+
+    before: list[int]
+    after: list[int]
+    between: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Frame:
+        """Raises OptionError where the tokenizer makes no pairs."""
+        sample = tokenizer("a", "a")
+        try:
+            sides = sample.sequence_ids(0)
+            first, middle = sides.index(0), sides.index(1)
+        except ValueError as error:
+            raise OptionError(f"A {type(tokenizer).__name__} does not tell the texts of a pair apart.") from error
+        ids: list[int] = sample["input_ids"]
+        return cls(ids[:first], ids[middle + sides.count(1) :], ids[first + sides.count(0) : middle])
+
+
+@dataclass(frozen=True)
+class Read:
+    """Token ids without special tokens, one list a text; `cut` counts the texts that were longer."""
+
+    rows: list[list[int]]
+    cut: int
+
+
+def tokens_of(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, room: int) -> Read:
+    """The token ids of every text, at most `room`: the first ones, of a dialogue the last ones.
+
+    After every utterance of a dialogue comes [EOS] where the tokenizer knows it, else its separator.
+    Raises DataError for what is neither a text, a dialogue nor token ids.
+    """
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise DataError(f"A list of texts is expected, not {type(texts).__name__}.")
+    parts = [_parts(text) for text in texts]
+    known = _tokenized(list(dict.fromkeys(p for part in parts if part for p in part)), tokenizer)
+    end = tokenizer.get_vocab().get(EOS, tokenizer.sep_token_id)
+    rows, cut = [], 0
+    for text, part in zip(texts, parts, strict=True):
+        if part is None:
+            ids: list[int] = list(text)  # type: ignore[arg-type]
+        elif isinstance(text, str):
+            ids = known[text]
+        else:
+            ids = [number for utterance in part for number in (*known[utterance], end)]
+        cut += len(ids) > room
+        dialogue = part is not None and not isinstance(text, str)
+        rows.append(ids[-room:] if dialogue else ids[:room])
+    return Read(rows, cut)
+
+
+def _parts(text: Any) -> list[str] | None:
+    """The texts it is made of; None for token ids."""
+    if isinstance(text, str):
+        return [text]
+    if isinstance(text, Sequence) and not isinstance(text, bytes):
+        if text and all(isinstance(one, str) for one in text):
+            return list(text)
+        if text and all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in text):
+            return None
+    raise DataError(f"A text, a dialogue (a list of texts) or a list of token ids is expected, not {text!r:.80}.")
+
+
+def _tokenized(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    if not texts:
+        return {}
+    found = tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return dict(zip(texts, found["input_ids"], strict=True))
+
+
+def pair(query: list[int], candidate: list[int], frame: Frame) -> tuple[list[int], list[int]]:
+    """The token ids and types of a pair that is read as one; both without special tokens."""
+    first = [*frame.before, *query, *frame.between[:1]]
+    second = [*frame.between[1:], *candidate, *frame.after]
+    return first + second, [0] * len(first) + [1] * len(second)
+
+
+def flat(rows: Sequence[Sequence[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(rows))

@@ -1,0 +1,219 @@
+"""Training: what is learned from which rows, that it reaches every weight, helps, and goes on after an interruption."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import TrainerCallback
+
+from pairs.scoring import FAMILIES, KINDS, mean_rank, scorer, toy
+from thresher.errors import DataError, OptionError
+from thresher.pairs import PairLearner, PairLoss, train
+from thresher.pairs.learning import collate, examples
+
+QUIET = {"use_cpu": True, "progress": False, "precision": "float32"}
+
+
+class Stop(TrainerCallback):
+    """Ends a run after its fourth step, as if it had been interrupted."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step == 4
+
+
+def step(made: Any, rows: datasets.Dataset, loss: PairLoss | None = None, teacher: Any = None) -> torch.Tensor:
+    learner = PairLearner(made, loss or PairLoss(), teacher)
+    return learner(**collate(examples(made, rows).made))["loss"]
+
+
+@pytest.mark.parametrize(("kind", "family"), [(k, f) for k in KINDS for f in FAMILIES])
+def test_a_gradient_reaches_every_trainable_weight(kind: str, family: str) -> None:
+    made = scorer(kind, family)
+    step(made, toy(3, candidates=2)).backward()
+    for name, parameter in made.named_parameters():
+        if not parameter.requires_grad:
+            assert "pooler" in name
+        elif "key.bias" not in name and "k_lin.bias" not in name:  # a softmax does not see what all keys share
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_learns_which_response_repeats_a_word(kind: str, tmp_path: Path) -> None:
+    rows, made = toy(24, low=40), scorer(kind, depth=2, **({"layers": (-1,)} if kind == "mixencoder" else {}))
+    before = mean_rank(made, rows), float(step(made, rows, PairLoss(negatives=0)).detach())
+    train(
+        made,
+        rows,
+        tmp_path,
+        loss=PairLoss(negatives=0),
+        epochs=8,
+        batch_size=8,
+        learning_rate=2e-3,
+        warmup=0.0,
+        **QUIET,
+    )
+    after = mean_rank(made, rows), float(step(made, rows, PairLoss(negatives=0)).detach())
+    assert after[1] < 0.8 * before[1] and after[0] > before[0] + 0.1, (before, after)
+    assert not made.training
+
+
+def test_in_batch_negatives_written_out() -> None:
+    made = scorer("dual")
+    rows = datasets.Dataset.from_list([{"query": f"w{20 + i}", "positive": f"w{30 + i} w9"} for i in range(4)])
+    scores = torch.stack([made.score(row["query"], made.encode_candidates(rows["positive"])) for row in rows])
+    expected = F.cross_entropy(scores / 2.0, torch.arange(4))
+    torch.testing.assert_close(step(made, rows, PairLoss(temperature=2.0)).detach(), expected)
+    two = torch.stack([scores.diagonal(), scores[range(4), [1, 2, 3, 0]]], 1) / 2.0  # one other's, the next one's
+    expected = F.cross_entropy(two, torch.zeros(4, dtype=torch.int64))
+    torch.testing.assert_close(step(made, rows, PairLoss(temperature=2.0, negatives=1)).detach(), expected)
+
+
+def test_what_is_right_as_well_is_no_negative() -> None:
+    made = scorer("dual")
+    rows = datasets.Dataset.from_list(
+        [
+            {"query": "w20", "candidates": ["w30", "w31", "w32"], "labels": [1, 1, 0]},
+            {"query": "w21", "candidates": ["w31", "w30"], "labels": [1, 0]},
+        ]
+    )
+    found = examples(made, rows)
+    assert [len(e.candidates) for e in found.made] == [2, 2, 2]  # one example for each right one, with the wrong ones
+    batch = collate(found.made)
+    assert batch["targets"].tolist() == [0, 2, 4]
+    assert batch["hidden"].tolist() == [
+        [False, False, True, False, True, True],
+        [True, False, False, False, True, True],
+        [False, False, True, False, False, False],
+    ]
+
+
+def test_hard_negatives_are_drawn_the_same_again() -> None:
+    made, rows = scorer("dual"), toy(6, candidates=5)
+    first, again, other = (examples(made, rows, hard=2, seed=seed).made for seed in (1, 1, 2))
+    assert first == again != other
+    assert all(len(example.candidates) == 3 for example in first)
+
+
+@pytest.mark.parametrize("kind", ["mixencoder", "dual", "deformer", "cross"])
+def test_labels(kind: str) -> None:
+    rows = datasets.Dataset.from_list(
+        [{"sentence1": f"w{20 + i}", "sentence2": f"w{30 + i}", "label": i % 3} for i in range(5)]
+    )
+    made = scorer(kind, classes=3)
+    logits = torch.as_tensor(made.predict(list(zip(rows["sentence1"], rows["sentence2"], strict=True))))
+    torch.testing.assert_close(step(made, rows).detach(), F.cross_entropy(logits, torch.tensor(rows["label"])))
+    one = scorer(kind, classes=1)
+    said = torch.as_tensor(one.predict(list(zip(rows["sentence1"], rows["sentence2"], strict=True))))
+    torch.testing.assert_close(step(one, rows).detach(), F.mse_loss(said, torch.tensor(rows["label"]).float()))
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "cross"])
+def test_distillation(kind: str) -> None:
+    teacher, made, rows = scorer("cross", seed=5), scorer(kind), toy(3, candidates=3)
+    loss = PairLoss(label_weight=0.0, distil_weight=1.0)
+    found = step(made, rows, loss, teacher)
+    assert found > 0 and found.isfinite()
+    found.backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in made.encoder.parameters())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_distilled_scores_written_out() -> None:
+    teacher, made, rows = scorer("cross", seed=5), scorer("dual"), toy(2, candidates=3)
+    wanted = []
+    for row in rows:
+        order = [row["label"], *(i for i in range(3) if i != row["label"])]
+        texts = [row["candidates"][i] for i in order]
+        ours, theirs = (m.score(row["query"], m.encode_candidates(texts)) for m in (made, teacher))
+        p, q = (theirs / 2).softmax(0), (ours / 2).softmax(0)
+        wanted.append(4 * (p * (p / q).log()).sum())
+    found = step(made, rows, PairLoss(label_weight=0.0, distil_weight=1.0), teacher)
+    torch.testing.assert_close(found.detach(), torch.stack(wanted).mean())
+
+
+def test_what_a_teacher_hands_out_is_what_its_encoder_computes() -> None:
+    teacher = scorer("cross", seed=5)
+    pairs = [([20, 21], [30, 31, 32])]
+    states = teacher.layer_states(pairs, [2, 3], like=teacher.encoder)
+    entering = teacher.layer_inputs(pairs, [2, 3], like=teacher.encoder)
+    torch.testing.assert_close(states[0][0], entering[3][0])
+    assert [len(layer[0]) for layer in states] == [8, 8]
+    ids = torch.tensor([[2, 20, 21, 3, 30, 31, 32, 3]])
+    types = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]])
+    with torch.no_grad():
+        last = teacher.encoder(input_ids=ids, token_type_ids=types).last_hidden_state[0]
+    torch.testing.assert_close(states[-1][0], last)
+    assert ids[0][teacher.query_place([20, 21])].tolist() == [20, 21]
+    assert ids[0][teacher.candidate_place([20, 21], [30, 31, 32])].tolist() == [30, 31, 32]
+
+
+@pytest.mark.parametrize("kind", ["deformer", "virt"])
+def test_a_teacher_of_another_shape_is_refused(kind: str) -> None:
+    loss = PairLoss(distil_weight=1.0)
+    with pytest.raises(OptionError, match="4 layers of 32"):
+        step(scorer(kind), toy(2), loss, scorer("cross", depth=4))
+    with pytest.raises(OptionError, match="needs a teacher"):
+        step(scorer(kind), toy(2), loss)
+    with pytest.raises(OptionError, match="2 classes and the scorer 0"):
+        step(scorer(kind), toy(2), loss, scorer("cross", classes=2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16(kind: str) -> None:
+    made, rows = scorer(kind), toy(3, candidates=2)
+    exact = step(made, rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = step(made, rows)
+    assert (exact - rounded).detach().abs() < 0.1 * exact.detach().clamp(min=1.0)
+    rounded.backward()
+
+
+def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    rows = toy(12)
+    options = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-3, "seed": 3, **QUIET}
+    whole, again = scorer("mixencoder"), scorer("mixencoder")
+    train(whole, rows, tmp_path / "whole", **options)
+    train(again, rows, tmp_path / "parts", save_steps=2, callbacks=[Stop()], **options)
+    fresh = scorer("mixencoder")
+    with pytest.raises(OptionError, match="unfinished run with other settings"):
+        train(fresh, rows, tmp_path / "parts", **{**options, "learning_rate": 2e-3})
+    train(fresh, rows, tmp_path / "parts", save_steps=2, **options)
+    for (name, a), b in zip(whole.named_parameters(), fresh.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_counts_come_with_the_metrics(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_list(
+        [
+            {"query": "w9 " * 40, "candidates": ["w10", "w11"], "label": 0, "labels": [1, 0]},
+            {"query": "w9", "candidates": ["w10", "w11 " * 40], "label": 0, "labels": [0, 0]},
+        ]
+    )
+    found = train(scorer("dual"), rows, tmp_path, max_steps=1, batch_size=2, **QUIET)
+    assert (found["cut"], found["left_out"]) == (2, 1) and math.isfinite(found["train_loss"])
+
+
+def test_rows_and_settings_that_do_not_fit(tmp_path: Path) -> None:
+    labelled = datasets.Dataset.from_list([{"sentence1": "w9", "sentence2": "w10", "label": 7}])
+    for made, rows, says in (
+        (scorer("dual"), labelled, "set classes"),
+        (scorer("dual", classes=3), labelled, "Row 1 has the label 7.0, where a class from 0 to 2"),
+        (
+            scorer("dual"),
+            datasets.Dataset.from_list([{"query": "w9", "candidates": ["w10"], "labels": [0]}]),
+            "nothing to learn",
+        ),
+    ):
+        with pytest.raises(DataError, match=says):
+            train(made, rows, tmp_path, **QUIET)
+    for bad in ({"temperature": 0.0}, {"negatives": -1}, {"label_weight": -1.0}, {"distil_temperature": 0.0}):
+        with pytest.raises(OptionError, match=next(iter(bad))):
+            PairLoss(**bad)
+    with pytest.raises(OptionError, match="at least 1 query"):
+        train(scorer("dual"), toy(2), tmp_path, batch_size=0, **QUIET)
