@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from helpers import make
+from helpers import build, config_of, make, tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,6 +68,19 @@ def test_the_five_lines_of_the_readme_run(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code[1]], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "my-model-fast" / "thresher.json").is_file()
+
+
+def test_the_pairs_of_the_readme_run(tmp_path: Path) -> None:
+    code = re.search(
+        r"```python\n(from thresher import pairs.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL
+    )
+    assert code
+    build(config_of("bert", max_position_embeddings=512), "base").save_pretrained(tmp_path / "my-encoder")
+    tokenizer().save_pretrained(tmp_path / "my-encoder")
+    data = "texts = ['w5 w6', 'w7 w8']\nrows = [{'query': 'w5', 'positive': 'w5 w9'}, {'query': 'w7', 'positive': 'w7 w9'}]\n"
+    data += "import datasets\nrows = datasets.Dataset.from_list(rows)\n"
+    done = subprocess.run([sys.executable, "-c", data + code[1]], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_target_the_readme_names_is_in_the_makefile() -> None:
