@@ -104,32 +104,34 @@ from starts import minilm
 if {keep}:
     thresher.keep_memory()
 model = thresher.attach(AutoModel.from_pretrained(minilm()).eval(), HALF)
-batch, seconds = random_batch({rows}, {tokens}), []
+batches, seconds = [random_batch({rows}, n) for n in {lengths}], []
 with torch.inference_mode(), {how}:
     for _ in range({rounds} + 3):
         began = time.perf_counter()
-        model(**batch)
+        for batch in batches:
+            model(**batch)
         seconds.append(time.perf_counter() - began)
 print(statistics.median(seconds[3:]))
 """
+MIXED = (384, 64, 256, 32, 512, 128)
 HOW = {"stock": "thresher.stock()", "packed": "thresher.keep_everything()", "dropping": "torch.no_grad()"}
 
 
 def kept(rounds: int, write) -> None:
     """Time without `keep_memory` over time with it, in processes of their own, one after the other."""
 
-    def seconds(keep: bool, how: str, rows: int, tokens: int) -> float:
-        about = {"here": str(Path(__file__).parent), "keep": keep, "how": HOW[how], "rows": rows, "tokens": tokens}
+    def seconds(keep: bool, how: str, rows: int, lengths: tuple[int, ...]) -> float:
+        about = {"here": str(Path(__file__).parent), "keep": keep, "how": HOW[how], "rows": rows, "lengths": lengths}
         code = PASS.format(rounds=rounds, **about)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         return float(done.stdout)
 
-    for rows, tokens in ((1, 128), (1, 384), (8, 384)):
+    for name, rows, lengths in (("1x384", 1, (384,)), ("1xmixed", 1, MIXED), ("8xmixed", 8, MIXED)):
         for how in HOW:
-            gains = sorted(seconds(False, how, rows, tokens) / seconds(True, how, rows, tokens) for _ in range(5))
-            write(f"kept-{how}-{rows}x{tokens}", f"time without keep_memory / with it: {how}", gains[2], "ratio", None,
-                  "the same in a process that does not keep its memory", [round(gains[1], 3), round(gains[3], 3)],
-                  f"five pairs of processes, median of {rounds} passes each")  # fmt: skip
+            gains = sorted(seconds(False, how, rows, lengths) / seconds(True, how, rows, lengths) for _ in range(3))
+            write(f"kept-{how}-{name}", f"time without keep_memory / with it: {how}, {name}", gains[1], "ratio", None,
+                  "the same in a process that does not keep its memory", [round(g, 3) for g in gains],
+                  f"three pairs of processes, median of {rounds} rounds over batches of {lengths} tokens")  # fmt: skip
 
 
 def scaling(rounds: int, write) -> None:

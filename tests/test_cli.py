@@ -33,6 +33,8 @@ COMMANDS = (
     "post-train",
     "quantize",
     "evaluate",
+    "index",
+    "rank",
     "bench",
     "predict",
     "explain",

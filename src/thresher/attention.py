@@ -195,7 +195,7 @@ def _row_by_row(
     context = query.new_empty(query.shape[1], len(query), value.shape[-1]) if constant else None
     places = [None] * len(sizes) if context is None else context.split(sizes)
     memory: Tensor | None = None
-    gathered = _Gathered(wanted)
+    gathered = _Gathered(wanted, query, sizes if constant else None)
     outputs: list[Tensor] = []
     for (q, k, v, row), place in zip(_rows(query, key, value, tokens), places, strict=True):
         bias = _bias(row, window, position_bias, q.dtype)
@@ -290,12 +290,20 @@ def _bias(row: _Row, window: int | None, position_bias: PositionBias | None, dty
 class _Gathered:
     """Collects one layer's evidence row by row."""
 
-    def __init__(self, wanted: Wanted) -> None:
+    def __init__(self, wanted: Wanted, query: Tensor, sizes: list[int] | None) -> None:
+        """query: [H, T, d]. sizes: of the rows, when nothing learns, and blocks are written where they will stay."""
         self.wanted = wanted
         self.rows: list[_RowEvidence] = []
+        self.tiles: Tensor | None = None
+        if wanted.block and sizes is not None:
+            self.counts = [-(-n // wanted.block) for n in sizes]
+            shape = (sum(self.counts), len(query), wanted.block, wanted.block)
+            self.tiles = torch.zeros(shape, dtype=torch.float32, device=query.device)
+            self.places = self.tiles.split(self.counts)
 
     def row(self, row: _Row) -> _RowEvidence:
-        self.rows.append(_RowEvidence(self.wanted, row))
+        place = None if self.tiles is None else self.places[len(self.rows)]
+        self.rows.append(_RowEvidence(self.wanted, row, place))
         return self.rows[-1]
 
     def evidence(self) -> Evidence:
@@ -306,7 +314,7 @@ class _Gathered:
             mass=join(wanted.mass, _RowEvidence.mass),
             diagonal=join(wanted.diagonal, _RowEvidence.diagonal),
             by_segment=join(wanted.by_segment, _RowEvidence.by_segment),
-            blocks=join(wanted.block, _RowEvidence.blocks),
+            blocks=join(wanted.block, _RowEvidence.blocks) if self.tiles is None else self.tiles,
             full=tuple(_join(row.maps) for row in rows) if wanted.full else None,
         )
         mark("evidence")
@@ -316,8 +324,9 @@ class _Gathered:
 class _RowEvidence:
     """Evidence of one row, from its probabilities as they come: all heads at once or head by head."""
 
-    def __init__(self, wanted: Wanted, row: _Row) -> None:
+    def __init__(self, wanted: Wanted, row: _Row, place: Tensor | None) -> None:
         self.wanted = wanted
+        self.place = place
         self.alive = row.alive
         self.count = 0
         self.sums: list[Tensor] = []
@@ -330,7 +339,7 @@ class _RowEvidence:
     def heads(self, probabilities: Tensor) -> None:
         """[h, n, n]"""
         mark("attention")
-        wanted = self.wanted
+        wanted, before = self.wanted, self.count
         self.count += probabilities.shape[0]
         if wanted.mass:
             self._add(self.sums, _column_sum(probabilities, self.alive))
@@ -339,7 +348,8 @@ class _RowEvidence:
         if wanted.by_segment:
             self._add(self.queried, _segment_sums(probabilities, self._queries(probabilities.dtype)))
         if wanted.block:
-            self.tiles.append(diagonal_tiles(probabilities, wanted.block))
+            place = None if self.place is None else self.place[:, before : self.count]
+            self.tiles.append(diagonal_tiles(probabilities, wanted.block, place))
         if wanted.full:
             self.maps.append(probabilities)
         mark("evidence")

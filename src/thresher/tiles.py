@@ -9,13 +9,14 @@ from torch import Tensor
 from thresher.packed import being_exported
 
 
-def diagonal_tiles(probabilities: Tensor, size: int) -> Tensor:
-    """[ceil(n / size), h, size, size] from [h, n, n]; zero beyond n."""
+def diagonal_tiles(probabilities: Tensor, size: int, out: Tensor | None = None) -> Tensor:
+    """[ceil(n / size), h, size, size] from [h, n, n]; zero beyond n. out: zeros of that shape, to write into."""
     if being_exported():
         return _traced(probabilities, size)
     heads, n, _ = probabilities.shape
     whole, rest = divmod(n, size)
-    out = probabilities.new_zeros(whole + (rest > 0), heads, size, size)
+    if out is None:
+        out = probabilities.new_zeros(whole + (rest > 0), heads, size, size)
     tiles = probabilities[:, : whole * size, : whole * size].unflatten(1, (whole, size)).unflatten(3, (whole, size))
     out[:whole] = tiles.diagonal(dim1=1, dim2=3).permute(3, 0, 1, 2)
     if rest:

@@ -63,6 +63,24 @@ def test_int8_has_one_scale_for_each_vector(tmp_path: Path) -> None:
     assert np.abs(kept.vectors[:3]).max(axis=-1).min() == 127
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_int8_read_back_is_kept_as_the_same(tmp_path: Path, seed: int) -> None:
+    values = vectors(500, seed=seed) * np.float32(10.0) ** np.linspace(-38, 37, 500, dtype=np.float32)[:, None, None]
+    values[7] = 0
+    values[8] = np.finfo(np.float32).max
+    values[9, :, 1:] = np.finfo(np.float32).tiny
+    with CandidateStore.create(tmp_path / "a", **SETTINGS, dtype="int8") as first:
+        first.add(names(500), values)
+    with CandidateStore.create(tmp_path / "b", **SETTINGS, dtype="int8") as second:
+        second.add(names(500), first_back := CandidateStore.open(tmp_path / "a").get(names(500)))
+        assert np.isfinite(first_back).all()
+        ones, others = (CandidateStore.open(tmp_path / x).read(names(500), stored=True) for x in "ab")
+        assert np.array_equal(ones.vectors, others.vectors)
+        # What is kept as zeros has no scale of its own.
+        kept = ones.vectors.any(-1)
+        assert np.array_equal(ones.scales["vectors"][kept], others.scales["vectors"][kept])
+
+
 def test_stored_dtype(tmp_path: Path) -> None:
     store = CandidateStore.create(tmp_path, **SETTINGS)
     store.add(names(3), vectors(3))

@@ -13,6 +13,7 @@ from thresher.cli import (
     exporting,
     fitting,
     measuring,
+    pairing,
     post_training,
     quantizing,
     searching,
@@ -32,7 +33,7 @@ FASTER = (fitting.fit, calibrating.calibrate, searching.search, quantizing.quant
 for panel, commands in (
     ("Make a model faster", FASTER),
     ("Measure it", (measuring.evaluate, benching.bench)),
-    ("Use it", (using.predict, using.explain, exporting.export)),
+    ("Use it", (using.predict, using.explain, exporting.export, pairing.index, pairing.rank)),
     ("Look around", (about.methods, about.demo)),
 ):
     for command in commands:

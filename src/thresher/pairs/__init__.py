@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from thresher.pairs.cross import CrossConfig, CrossEncoder
     from thresher.pairs.deformer import DeFormer, DeFormerConfig
     from thresher.pairs.dual import DualConfig, DualEncoder
+    from thresher.pairs.keeping import Added, Index
     from thresher.pairs.learning import train
     from thresher.pairs.losses import PairLearner, PairLoss
     from thresher.pairs.mixencoder import MixEncoder, MixEncoderConfig
@@ -29,6 +30,7 @@ _HOME = {
     "cross": ("CrossConfig", "CrossEncoder"),
     "deformer": ("DeFormer", "DeFormerConfig"),
     "dual": ("DualConfig", "DualEncoder"),
+    "keeping": ("Added", "Index"),
     "learning": ("train",),
     "losses": ("PairLearner", "PairLoss"),
     "mixencoder": ("MixEncoder", "MixEncoderConfig"),
@@ -43,6 +45,7 @@ _MODULE = {name: f"thresher.pairs.{module}" for module, names in _HOME.items() f
 __all__ = [
     "SCORERS",
     "VIRT",
+    "Added",
     "Block",
     "Cache",
     "ColBERT",
@@ -53,6 +56,7 @@ __all__ = [
     "DeFormerConfig",
     "DualConfig",
     "DualEncoder",
+    "Index",
     "MixEncoder",
     "MixEncoderConfig",
     "PairLearner",

@@ -157,12 +157,20 @@ def _convert(block: Array, stored: Array, scales: Array | None) -> int | None:
             floats = block.astype(np.float32)
             fits = np.isfinite(floats)
             if fits.all():
-                scales[...] = np.abs(floats).max(axis=-1) / np.float32(127)
-                # A vector of zeros, or so small that its scale is none, is kept as zeros.
-                floats /= np.where(scales == 0, np.float32(np.inf), scales)[..., None]
-                stored[...] = np.clip(np.rint(floats), -127, 127)
+                scales[...] = _scales(np.abs(floats).max(axis=-1))
+                floats /= scales[..., None]
+                stored[...] = np.rint(floats)
     wrong = np.flatnonzero(~fits.reshape(len(block), -1).all(axis=1))
     return int(wrong[0]) if wrong.size else None
+
+
+def _scales(largest: Array) -> Array:
+    """From the largest magnitude of every vector, its 127th part rounded to 16 bits of mantissa, as `thresher.pairs.cache` has
+    it: then 127 * scale is exact in float32, and what was read back is kept as the same codes and scales again."""
+    bits = (largest / np.float32(127)).view(np.int32)
+    scales = ((bits + 0x80) & ~0xFF).view(np.float32)
+    # A vector of zeros has no scale of its own; any does.
+    return np.where(largest > 0, np.maximum(scales, np.finfo(np.float32).tiny), np.float32(1))
 
 
 def decode(field: Field, data: Array, scales: Array | None) -> Array:

@@ -20,7 +20,8 @@ VECTORS = "vectors"
 class Field:
     """One array of a candidate: `shape` in `dtype`; where `most` is given, from 1 to `most` of such arrays, as many as it has.
 
-    int8 keeps floats as round(x / scale) with one float32 scale per vector (the last axis), scale = max |x| / 127.
+    int8 keeps floats as round(x / scale) with one float32 scale per vector (the last axis), scale = max |x| / 127 rounded
+    to 16 bits of mantissa.
     """
 
     name: str

@@ -1,0 +1,221 @@
+"""thresher index, thresher rank: candidates encoded once into a store, and ranked for a query."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from thresher.cli.options import DATA, OUTPUT, Column, Device, Json, assignments, place_of
+from thresher.cli.screen import Interrupted, Result, command, notice, progress
+from thresher.errors import DataError
+from thresher.report.console import count, size, table
+
+if TYPE_CHECKING:
+    import datasets
+
+    from thresher.pairs.keeping import Added, Index
+
+ScorerDirectory = Annotated[
+    str, typer.Option("--model", help="What a scorer was saved to.", metavar="DIR", rich_help_panel=DATA)
+]
+StoreDirectory = Annotated[
+    Path, typer.Option("--store", help="Where the encoded candidates are.", metavar="DIR", rich_help_panel=DATA)
+]
+
+
+@command
+def index(
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE", help="A .jsonl, .json, .csv, .tsv or .parquet file (also .gz) with the columns id and text."
+        ),
+    ],
+    model: ScorerDirectory,
+    store: StoreDirectory,
+    column: Column = None,
+    dtype: Annotated[
+        Literal["float32", "float16", "int8"] | None,
+        typer.Option(
+            help="What vectors are kept in. Default: as in the store, in a new one float16.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Candidates encoded and committed at a time. Default: 2,048.",
+            metavar="ROWS",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> Result:
+    """Encode candidates once and keep them in a store, for thresher rank.
+
+    Ids that are in the store already stay as they are: more files can be added, and after an interruption the same command goes
+    on where it stopped.
+
+    [bold]thresher index passages.jsonl --model scorer --store passages[/]
+    """
+    columns = assignments(column, "--column")
+    place = place_of(device)
+
+    from thresher.cli.data import read_rows
+    from thresher.pairs.keeping import BATCH
+    from thresher.tasks.data import map_columns
+
+    rows = map_columns(read_rows(file), columns)
+    names = _ids(rows)
+    for _ in _texts(rows):  # all of them, so that nothing is encoded in vain
+        pass
+    with _opened(_scorer(model, place), store, dtype) as opened, progress("encoding", len(rows)) as done:
+        before = len(opened)
+        try:
+            added = opened.add(zip(names, _texts(rows), strict=True), batch=batch or BATCH, on_done=done)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"Interrupted. {count(len(opened) - before)} candidates were added to {store}, which holds "
+                f"{count(len(opened))}; the same command goes on from there."
+            ) from None
+        return _indexed(opened, added, store, model)
+
+
+@command
+def rank(
+    query: Annotated[
+        list[str],
+        typer.Argument(metavar="QUERY", help="A text; or the utterances of a dialogue, one by one, oldest first."),
+    ],
+    model: ScorerDirectory,
+    store: StoreDirectory,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many to show.", rich_help_panel=OUTPUT)] = 10,
+    ids: Annotated[
+        Path | None,
+        typer.Option(
+            help="Rank only the candidates whose ids are in this text file, one a line.",
+            metavar="FILE",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> Result:
+    """Rank the candidates of a store for a query, best first.
+
+    [bold]thresher rank "who wrote the iliad?" --model scorer --store passages -k 5[/]
+    """
+    place = place_of(device)
+    subset = None if ids is None else _listed(ids)
+    # What is no UTF-8 on the command line came as stand-ins, which tokenizers refuse.
+    texts = [text.encode("utf-8", "replace").decode() for text in query]
+
+    from thresher.pairs.keeping import Index
+
+    with Index.open(_scorer(model, place), store) as opened:
+        found = opened.rank(texts[0] if len(texts) == 1 else texts, k, subset)
+        among = len(opened) if subset is None else len(subset)
+    rows = [(str(number), name, f"{score:.4f}") for number, (name, score) in enumerate(found, start=1)]
+    return Result(
+        {
+            "store": str(store),
+            "candidates": among,
+            "ranked": [{"id": name, "score": score} for name, score in found],
+        },
+        [
+            table("Best first", ("", "id", "score"), rows),
+            f"{count(len(found))} of {count(among)} candidates in {store}.",
+        ],
+    )
+
+
+def _scorer(directory: str, place: str) -> Any:
+    import transformers
+
+    from thresher.pairs.saving import load
+
+    transformers.utils.logging.disable_progress_bar()
+    return load(directory, device=place)
+
+
+def _opened(scorer: Any, store: Path, dtype: str | None) -> Index:
+    """The store that is there, or a new one."""
+    from thresher.pairs.keeping import Index
+    from thresher.pairs.store import manifest
+
+    if not manifest.exists(store):
+        return Index.create(scorer, store, dtype=dtype or "float16")
+    opened = Index.open(scorer, store, dtype=dtype)
+    notice(f"{store} holds {count(len(opened))} candidates; new ones are added to them")
+    return opened
+
+
+def _ids(rows: datasets.Dataset) -> list[str]:
+    """The ids as texts. Raises DataError."""
+    from thresher.pairs.cache import check_ids
+
+    for name in ("id", "text"):
+        if name not in rows.column_names:
+            there = ", ".join(rows.column_names)
+            raise DataError(
+                f"Candidates need a column '{name}' (there are {there}); name another with --column {name}=…."
+            )
+    given = list(rows["id"])
+    for number, name in enumerate(given, start=1):
+        if name is None or name == "":
+            raise DataError(f"Row {number} has no id; every candidate needs its own.")
+        if isinstance(name, bool) or not isinstance(name, str | int):
+            raise DataError(f"Row {number} has the id {name!r}; an id is a text or a whole number.")
+    names = [str(name) for name in given]
+    check_ids(tuple(names))
+    return names
+
+
+def _texts(rows: datasets.Dataset) -> Iterator[str | list[str]]:
+    """Raises DataError at the row that has none."""
+    for number, text in enumerate(rows["text"], start=1):
+        if text is None or not isinstance(text, str | list):
+            raise DataError(f"Row {number} has {'no text' if text is None else f'the text {text!r}, which is none'}.")
+        yield text
+
+
+def _indexed(opened: Index, added: Added, store: Path, model: str) -> Result:
+    schema = opened.store.schema
+    about = {
+        "store": str(store),
+        "candidates": len(opened),
+        "new": added.new,
+        "there": added.there,
+        "cut": added.cut,
+        "dtype": schema.dtype,
+        "vectors": schema.k,
+        "dim": schema.dim,
+        "ragged": schema.ragged,
+        "bytes": opened.store.nbytes,
+    }
+    each = f"{'up to ' if schema.ragged else ''}{schema.k} x {schema.dim} in {schema.dtype}"
+    rows = [
+        ("candidates in the store", count(len(opened))),
+        ("new", count(added.new)),
+        ("there before", count(added.there)),
+        ("kept of each", each),
+        ("size on disk", size(opened.store.nbytes)),
+    ]
+    return Result(
+        about, [table("Indexed", ("", "found"), rows), f'Next: thresher rank "…" --model {model} --store {store}']
+    )
+
+
+def _listed(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8; --ids takes a text file with one id a line.") from error
+    found = [name for name in (line.rstrip("\r") for line in lines) if name]
+    if not found:
+        raise DataError(f"{file} holds no ids; write one a line, or leave --ids out.")
+    return found

@@ -1,0 +1,237 @@
+"""A scorer with its candidates in a store: they are encoded once, kept on disk, and scored chunk by chunk."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from thresher.errors import DataError, OptionError
+from thresher.pairs.cache import Block, check_ids
+from thresher.pairs.scorer import TOKENS, Scorer
+from thresher.pairs.store import Candidates, CandidateStore
+from thresher.pairs.store.schema import VECTORS
+from thresher.pairs.texts import Text
+
+BATCH = 2048  # candidates encoded and committed at a time: what an interruption loses at most
+CUT = "longer than the limit"
+
+
+@dataclass(frozen=True)
+class Added:
+    """What became of the candidates: how many are new in the store, how many were there already, and how many of the new ones
+    were cut to the scorer's limit."""
+
+    new: int
+    there: int
+    cut: int
+
+
+class Index:
+    """A scorer and the store of its candidates. Made by `create` or `open`, which both keep the store to this very scorer.
+
+    What is kept is what `Scorer.encode_candidates` gives in the storage of the same name, and it is scored the same.
+    """
+
+    def __init__(self, scorer: Scorer[Any], store: CandidateStore) -> None:
+        """store: made for this scorer, which is not checked here."""
+        self.scorer = scorer
+        self.store = store
+
+    @classmethod
+    def create(cls, scorer: Scorer[Any], directory: str | Path, *, dtype: str = "float16") -> Index:
+        """An empty store in `directory`, stamped with the scorer's fingerprint and signature.
+
+        dtype: float32, float16 or int8. Raises StoreError as `CandidateStore.create` does; OptionError for a cross-encoder, of
+        whose candidates nothing is computed beforehand.
+        """
+        k, dim, ragged = _shape(scorer)
+        store = CandidateStore.create(
+            directory,
+            fingerprint=scorer.fingerprint(),
+            strategy=scorer.signature,
+            k=k,
+            dim=dim,
+            dtype=dtype,
+            ragged=ragged,
+        )
+        return cls(scorer, store)
+
+    @classmethod
+    def open(cls, scorer: Scorer[Any], directory: str | Path, *, dtype: str | None = None) -> Index:
+        """The store in `directory`. Raises StoreError where another scorer, or this one with other weights, filled it, or where
+        it keeps another dtype than the one that is given."""
+        store = CandidateStore.open(directory, scorer.fingerprint(), strategy=scorer.signature, dtype=dtype)
+        return cls(scorer, store)
+
+    def close(self) -> None:
+        """Let the next writer in; neither adds nor scores any more."""
+        self.store.close()
+
+    def __enter__(self) -> Index:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def add(
+        self,
+        candidates: Iterable[tuple[str, Text]],
+        *,
+        batch: int = BATCH,
+        batch_tokens: int = TOKENS,
+        on_done: Callable[[int], None] | None = None,
+    ) -> Added:
+        """Encode (id, text) candidates and keep them, `batch` at a time; each batch is committed as a whole.
+
+        Ids that the store has from before are skipped, whatever their text, so that after an interruption or an error the same
+        call goes on where it stopped. Memory is that of a batch, and of the ids.
+
+        batch_tokens: as in `Scorer.encode_candidates`. on_done: called with the number of candidates just dealt with.
+        Warns once, at the end, of candidates that were cut.
+        Raises OptionError for a batch below 1, DataError for an id that is empty, no text or given twice, or for what is no
+        text, StoreError as `CandidateStore.add` does; batches before that are kept.
+        """
+        if batch < 1:
+            raise OptionError(f"A batch has at least 1 candidate, not {batch}.")
+        seen: set[str] = set()
+        new = there = cut = 0
+        rest = iter(candidates)
+        while given := list(islice(rest, batch)):
+            _check_new(given, seen)
+            missing = [
+                one for one, known in zip(given, self.store.contains(i for i, _ in given), strict=True) if not known
+            ]
+            if missing:
+                cut += self._keep(missing, batch_tokens)
+            new += len(missing)
+            there += len(given) - len(missing)
+            if on_done is not None:
+                on_done(len(given))
+        if cut:
+            were = "was" if cut == 1 else "were"
+            warnings.warn(f"{cut} of {new} candidates {were} {CUT} and {were} cut.", stacklevel=2)
+        return Added(new, there, cut)
+
+    def _keep(self, candidates: Sequence[tuple[str, Text]], batch_tokens: int) -> int:
+        """Encode and commit; how many were cut."""
+        names, texts = [name for name, _ in candidates], [text for _, text in candidates]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=f".*{CUT}")  # counted, and said once for all batches
+            cache = self.scorer.encode_candidates(texts, batch_tokens=batch_tokens)
+        data = cache.data.numpy()
+        if self.store.schema.ragged:
+            self.store.add(names, data, lengths=cache.lengths.numpy())
+        else:
+            self.store.add(names, data.reshape(len(names), -1, data.shape[-1]))
+        return cache.cut
+
+    def score(self, query: Text, ids: Sequence[str] | None = None, *, chunk: int | None = None) -> Tensor:
+        """[N] float32 on the scorer's device, in the order of `ids`, or else of `store.ids()`; [N, C] logits where the scorer
+        has classes > 1.
+
+        chunk: candidates read and matched at a time, the scorer's own number by default; memory is that of a chunk and of the
+        scores. Warns of a query that was cut.
+        Raises DataError for no candidates or an id given twice, StoreError for one that is not there, OptionError for a chunk
+        below 1.
+        """
+        return self.scorer.score_blocks(query, self._blocks(ids, chunk, []))
+
+    def rank(
+        self, query: Text, k: int | None = 10, ids: Sequence[str] | None = None, *, chunk: int | None = None
+    ) -> list[tuple[str, float]]:
+        """The best k candidates (all for None, or where there are fewer), best first, with their scores; of equal ones the
+        smaller id first, so that the order in which they were added does not show.
+
+        ids: only these. The rest, errors too, as in `score`; OptionError also for k below 1 and a scorer of several classes.
+        """
+        if k is not None and k < 1:
+            raise OptionError(f"Ranking gives at least 1 candidate, not {k}.")
+        if self.scorer.config.classes > 1:
+            raise OptionError(f"A scorer of {self.scorer.config.classes} classes does not rank; use score.")
+        names: list[Sequence[str]] = []
+        scores = self.scorer.score_blocks(query, self._blocks(ids, chunk, names)).flatten()
+        return _best(scores.cpu().numpy(), names, k)
+
+    def _blocks(self, ids: Sequence[str] | None, chunk: int | None, names: list[Sequence[str]]) -> Iterator[Block]:
+        """The candidates chunk by chunk, as they are matched; the ids of each chunk go into `names`."""
+        size = self.scorer.chunk if chunk is None else chunk
+        if size < 1:
+            raise OptionError(f"A chunk has at least 1 candidate, not {size}.")
+        if ids is not None:
+            check_ids(tuple(ids))
+        for found in self.store.chunks(size, ids, stored=True):
+            names.append(found.ids)
+            yield _block(found, self.scorer.device)
+
+
+def _shape(scorer: Scorer[Any]) -> tuple[int, int, bool]:
+    """How many vectors a candidate has (or may have, where longer texts have more), their size, and whether longer ones do."""
+    tried = scorer.encode_candidates(["a", "a a"])
+    if not tried.data.is_floating_point():
+        raise OptionError(
+            f"The scorer {scorer.config.kind!r} computes nothing of a candidate before it knows the query, so there is nothing "
+            "to keep in a store; rank texts with it, or take another scorer."
+        )
+    few, many = tried.lengths.tolist()
+    return (few if few == many else scorer.config.max_candidate), tried.data.shape[-1], few != many
+
+
+def _check_new(candidates: Sequence[tuple[str, Text]], seen: set[str]) -> None:
+    """Put the ids into `seen`. Raises DataError."""
+    for name, _ in candidates:
+        if not isinstance(name, str):
+            raise DataError(f"The id of a candidate that is kept is a text, not {name!r}.")
+        if not name:
+            raise DataError("A candidate has an empty id.")
+        if name in seen:
+            raise DataError(f"The id {name!r} is given twice; every candidate needs its own.")
+        seen.add(name)
+
+
+def _block(found: Candidates, device: torch.device) -> Block:
+    """As `Cache.block` gives it. What is stored goes to the device, and becomes float32 there."""
+    width = found.vectors.shape[-1]
+    values = _tensor(found.vectors, device).view(-1, width).to(torch.float32)
+    if VECTORS in found.scales:
+        values = values * _tensor(found.scales[VECTORS], device).view(-1, 1)
+    count = len(found)
+    sizes = [len(values) // count] * count if found.lengths is None else found.lengths.tolist()
+    return Block(values, sizes)
+
+
+def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
+    # A view of the file cannot be written to, which a tensor has to be.
+    return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)
+
+
+def _best(scores: np.ndarray, names: Sequence[Sequence[str]], k: int | None) -> list[tuple[str, float]]:
+    """The k largest of scores [N] with their ids, which are decoded for those alone (and for their equals)."""
+    if np.isnan(scores).any():
+        raise DataError("A score is no number; are the scorer's weights whole?")
+    places = np.arange(len(scores))
+    if k is not None and k < len(scores):
+        places = np.flatnonzero(scores >= np.partition(scores, -k)[-k])
+    starts = np.cumsum([0, *(len(some) for some in names)])
+    chunks = np.searchsorted(starts, places, "right") - 1
+    found = [
+        (names[chunk][within], score)
+        for chunk, within, score in zip(
+            chunks.tolist(), (places - starts[chunks]).tolist(), scores[places].tolist(), strict=True
+        )
+    ]
+    return sorted(found, key=lambda one: (-one[1], one[0]))[:k]
+
+
+__all__ = ["Added", "Index"]
