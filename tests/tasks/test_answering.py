@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 import re
 import string
-import time
 from typing import Any
 
 import datasets
@@ -254,7 +252,7 @@ def test_options_that_do_not_fit() -> None:
         Frame.of(slow, 30)
 
 
-def test_long_passages_are_tokenised_once_and_fast() -> None:
+def test_a_long_passage_is_tokenised_once() -> None:
     context = words(0, 30_000)
     assert len(context) > 100_000
     rows = rows_of(*(row(f"w{5 + i}", context, "w50", id=i) for i in range(20)))
@@ -266,13 +264,11 @@ def test_long_passages_are_tokenised_once_and_fast() -> None:
             return super().__call__(texts, *rest, **options)
 
     counting = Counting(vocab=WORDS.get_vocab(), model_max_length=48)
-    begun = time.perf_counter()
     encoded = QuestionTask().encode(rows, counting)
     assert sum(size > 100_000 for size in calls) == 1
     assert len(encoded.rows) == 20 * math.ceil((30_000 - 128) / (384 - 4 - 128))
     said = np.random.default_rng(0).normal(size=(len(encoded.rows), 384, 2))
     assert all(encoded.texts(said))
-    assert time.perf_counter() - begun < 60  # seconds, where it should take two
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -493,18 +489,6 @@ def test_the_best_threshold_is_the_best_of_all(cases: list[tuple[bool, bool, int
     threshold, value = best_threshold(judge, answers, nulls)
     assert score(threshold) == pytest.approx(value)
     assert value == pytest.approx(max(score(t) for t in [-10.0, *nulls.tolist()]))
-
-
-def test_a_whole_development_set_is_judged_in_seconds() -> None:
-    draw = random.Random(0)
-    lines = [words(i, i + draw.randint(60, 200)) for i in range(500)]
-    rows = [row("w5 w6 w7", lines[i % 500], "w30 w31", "w30", "w31 w32", id=i) for i in range(10_570)]
-    encoded = QuestionTask().encode(rows_of(*rows), WORDS)
-    said = noise(encoded, 0)
-    begun = time.perf_counter()
-    found = encoded.judge.metrics(encoded.texts(said))
-    assert time.perf_counter() - begun < 30  # seconds, where it should take one
-    assert 0.0 < found["f1"] < 0.2
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
