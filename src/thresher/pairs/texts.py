@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from thresher.errors import DataError, OptionError
+from thresher.errors import DataError
+from thresher.tasks.framing import PairParts, by_itself
 from thresher.tasks.responses import EOS
 
 Text = str | Sequence[str] | Sequence[int]
@@ -27,14 +28,8 @@ class Frame:
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Frame:
         """Raises OptionError where the tokenizer makes no pairs."""
-        sample = tokenizer("a", "a")
-        try:
-            sides = sample.sequence_ids(0)
-            first, middle = sides.index(0), sides.index(1)
-        except ValueError as error:
-            raise OptionError(f"A {type(tokenizer).__name__} does not tell the texts of a pair apart.") from error
-        ids: list[int] = sample["input_ids"]
-        return cls(ids[:first], ids[middle + sides.count(1) :], ids[first + sides.count(0) : middle])
+        before, between, after = PairParts.of(tokenizer).special
+        return cls(before, after, between)
 
 
 @dataclass(frozen=True)
@@ -85,15 +80,7 @@ def _parts(text: Any) -> list[str] | None:
 def _tokenized(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     if not texts:
         return {}
-    found = tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    return dict(zip(texts, found["input_ids"], strict=True))
+    return dict(zip(texts, by_itself(tokenizer, texts)["input_ids"], strict=True))
 
 
 def pair(query: list[int], candidate: list[int], frame: Frame) -> tuple[list[int], list[int]]:

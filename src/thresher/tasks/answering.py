@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from thresher.errors import DataError, OptionError
 from thresher.tasks.answer_scores import AnswerJudge, best_threshold
 from thresher.tasks.features import EncodedRows
-from thresher.tasks.passages import Frame, Passages, Tokenised, spread, token_ids, tokenised
+from thresher.tasks.framing import by_itself
+from thresher.tasks.passages import Frame, Passages, Tokenised, spread, tokenised
 from thresher.tasks.question_files import NOWHERE
 from thresher.tasks.questions import questions
 from thresher.tasks.spans import Answer, Windows, best_answers, null_scores
@@ -204,7 +205,7 @@ class QuestionTask:
         passages = Passages(tokenizer)
         made = []
         for found in tokenised(rows, tokenizer, passages):
-            asked = token_ids(tokenizer, [found.question], return_offsets_mapping=True)["offset_mapping"][0]
+            asked = by_itself(tokenizer, [found.question], return_offsets_mapping=True)["offset_mapping"][0]
             question = asked[: frame.longest]
             offsets = passages.offsets[found.passage]
             for start, end in spread(len(found.tokens), frame.room - len(question), self.stride):

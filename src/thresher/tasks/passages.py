@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import datasets
 import numpy as np
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from thresher.errors import OptionError
+from thresher.tasks.framing import PairParts, by_itself
 from thresher.tasks.question_files import NOWHERE
 
 _BATCH = 1000  # questions tokenised at a time, so that only one batch is ever held as Python lists
@@ -50,27 +50,16 @@ class Frame:
             raise OptionError(
                 "Answers are found by a fast tokenizer (a tokenizer.json beside the model), which knows offsets."
             )
-        sample = tokenizer("a", "a")
-        try:
-            sides = sample.sequence_ids(0)
-            first, middle = sides.index(0), sides.index(1)
-        except ValueError as error:
-            raise OptionError(f"A {type(tokenizer).__name__} does not tell the texts of a pair apart.") from error
-        cuts = (0, first, first + sides.count(0), middle, middle + sides.count(1), len(sides))
-        before, question, between, passage, after = (slice(a, b) for a, b in itertools.pairwise(cuts))
-        ids = sample["input_ids"]
-        special = len(ids[before]) + len(ids[between]) + len(ids[after])
+        parts = PairParts.of(tokenizer)
+        special = sum(map(len, parts.special))
         if max_length - special < 2:
             raise OptionError(
                 f"A maximum length of {max_length} leaves no room for a token of the question and one of the passage beside "
                 f"{special} special tokens."
             )
-        types = None
-        if "token_type_ids" in sample:
-            given = sample["token_type_ids"]
-            types = [given[part][0] if given[part] else 0 for part in (before, question, between, passage, after)]
+        types = None if parts.types is None else [part[0] if part else 0 for part in parts.types]
         room = max_length - special
-        return cls(ids[before], ids[between], ids[after], types, room, min(max_length // 2, room - 1))
+        return cls(*parts.special, types, room, min(max_length // 2, room - 1))
 
     def begin(self, question: int) -> int:
         """The place of the passage's first token after a question of so many tokens."""
@@ -146,7 +135,7 @@ class Passages:
         known = {text: self._known[text] for text in wanted if text in self._known}
         new = [text for text in wanted if text not in known]
         if new:
-            made = token_ids(self.tokenizer, new, return_offsets_mapping=True)
+            made = by_itself(self.tokenizer, new, return_offsets_mapping=True)
             for text, ids, offsets in zip(new, made["input_ids"], made["offset_mapping"], strict=True):
                 known[text] = len(self.offsets), ids
                 self.texts.append(text)
@@ -160,7 +149,7 @@ def tokenised(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, passag
     for start in range(0, len(rows), _BATCH):
         batch = rows[start : start + _BATCH]
         known = passages.of(batch["context"])
-        asked = token_ids(tokenizer, batch["question"])["input_ids"]
+        asked = by_itself(tokenizer, batch["question"])["input_ids"]
         for i, (name, question, context) in enumerate(
             zip(batch["id"], batch["question"], batch["context"], strict=True)
         ):
@@ -182,19 +171,6 @@ def tokenised(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, passag
                 _span(offsets, answers or ()),
                 marked,
             )
-
-
-def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> Any:
-    """What the tokenizer makes of each text by itself, without special tokens."""
-    return tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-        **options,
-    )
 
 
 def _span(offsets: NDArray[np.int64], answers: Placed) -> tuple[int, int] | None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from thresher.errors import OptionError, nearest
 from thresher.tasks.dialogues import dialogues
 from thresher.tasks.features import EncodedRows
+from thresher.tasks.framing import PairParts, by_itself
 
 EOS = "[EOS]"
 Choice = Literal["last", "first", "random", "kth-from-last"]
@@ -262,22 +263,15 @@ class PairFrame:
         number = tokenizer.get_vocab().get(eos)
         if number is None:
             raise OptionError(f"The tokenizer has no token {eos}; call thresher.tasks.responses.prepare first.")
-        sample = tokenizer("a", "a")
-        try:
-            sides = sample.sequence_ids(0)
-            first, middle = sides.index(0), sides.index(1)
-        except ValueError as error:
-            raise OptionError(f"A {type(tokenizer).__name__} does not tell the texts of a pair apart.") from error
-        cuts = (0, first, first + sides.count(0), middle, middle + sides.count(1), len(sides))
-        parts = [slice(a, b) for a, b in itertools.pairwise(cuts)]
-        before, between, after = (sample["input_ids"][part] for part in parts[::2])
+        parts = PairParts.of(tokenizer)
+        before, between, after = parts.special
         room = max_length - len(before) - len(between) - len(after)
         if room < 3:
             raise OptionError(
                 f"A maximum length of {max_length} leaves no room for a token of an utterance, its {eos} and a token of "
                 f"the response beside {max_length - room} special tokens."
             )
-        types = [sample["token_type_ids"][part] for part in parts] if "token_type_ids" in sample else None
+        types = None if parts.types is None else list(parts.types)
         return cls(before, between, after, types, number, room, min(max_length // 2, room - 2))
 
     def pair(self, context: list[int], numbers: list[int], response: list[int]) -> tuple[dict[str, list[int]], bool]:
@@ -314,15 +308,7 @@ def _drawn(labels: list[int], negatives: int, seed: str) -> list[int]:
 def _token_ids(tokenizer: PreTrainedTokenizerBase, picked: list[_Picked]) -> dict[str, list[int]]:
     """Token ids of every text, without special tokens."""
     texts = list(dict.fromkeys(text for one in picked for text in (*one.context, *one.responses)))
-    found = tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    return dict(zip(texts, found["input_ids"], strict=True))
+    return dict(zip(texts, by_itself(tokenizer, texts)["input_ids"], strict=True))
 
 
 def _columns(
