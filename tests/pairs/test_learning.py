@@ -110,7 +110,30 @@ def test_labels(kind: str) -> None:
     torch.testing.assert_close(step(made, rows).detach(), F.cross_entropy(logits, torch.tensor(rows["label"])))
     one = scorer(kind, classes=1)
     said = torch.as_tensor(one.predict(list(zip(rows["sentence1"], rows["sentence2"], strict=True))))
-    torch.testing.assert_close(step(one, rows).detach(), F.mse_loss(said, torch.tensor(rows["label"]).float()))
+    numbers = step(one, rows, PairLoss(numbers=True)).detach()
+    torch.testing.assert_close(numbers, F.mse_loss(said, torch.tensor(rows["label"]).float()))
+    halves = rows.map(lambda row: {"label": row["label"] / 2})
+    wanted = F.binary_cross_entropy_with_logits(said, torch.tensor(halves["label"]).float())
+    torch.testing.assert_close(step(one, halves).detach(), wanted)
+
+
+@pytest.mark.parametrize(("high", "numbers"), [(5.0, True), (1.0, False)])
+def test_a_batch_of_small_numbers_is_no_batch_of_probabilities(
+    high: float, numbers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What kind of labels they are is a matter of all rows, not of those of a step."""
+    labels = [0.0, 1.0, 0.0, 1.0, 0.5, high]
+    rows = [{"sentence1": f"w{20 + i}", "sentence2": f"w{30 + i}", "label": label} for i, label in enumerate(labels)]
+    seen: list[bool | None] = []
+    before = PairLearner._from_labels
+
+    def watched(self: PairLearner, *args: Any) -> torch.Tensor:
+        seen.append(self.loss.numbers)
+        return before(self, *args)
+
+    monkeypatch.setattr(PairLearner, "_from_labels", watched)
+    train(scorer("dual", classes=1), datasets.Dataset.from_list(rows), tmp_path, batch_size=1, **QUIET)
+    assert set(seen) == {numbers}
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "cross"])

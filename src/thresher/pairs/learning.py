@@ -157,7 +157,7 @@ def train(
     an unfinished run with others.
     """
     found = examples(scorer, rows, hard=hard, seed=seed)
-    learner = _Learner(scorer, loss or PairLoss(), teacher)
+    learner = _Learner(scorer, _settled(loss or PairLoss(), found.made), teacher)
     learner.dropout = dropout
     given = {
         "num_train_epochs": epochs,
@@ -190,6 +190,13 @@ def train(
     finally:
         scorer.eval()
     return {**result.metrics, "cut": float(found.cut), "left_out": float(found.left_out)}
+
+
+def _settled(loss: PairLoss, made: list[Example]) -> PairLoss:
+    """With what all labels together say of their kind: one batch of numbers could lie within [0, 1] by chance."""
+    if loss.numbers is not None:
+        return loss
+    return dataclasses.replace(loss, numbers=any(not 0.0 <= label <= 1.0 for one in made for label in one.labels))
 
 
 class _Learner(PairLearner):

@@ -32,6 +32,7 @@ class PairLoss:
     label_weight: float = 1.0
     distil_weight: float = 0.0
     distil_temperature: float = 2.0
+    numbers: bool | None = None
 
     def __post_init__(self) -> None:
         checks = {
@@ -110,14 +111,14 @@ class PairLearner(nn.Module):
         return torch.stack(losses).mean()
 
     def _from_labels(self, asked: list[Query], block: Block, own: list[list[int]], labels: Tensor) -> Tensor:
-        """Cross entropy of classes; of one logit the squared error, or binary cross entropy where labels are within [0, 1]."""
+        """Cross entropy of classes; of one logit what `PairLoss.numbers` says."""
         said = torch.cat([self.scorer.match(query, block.select(mine)) for query, mine in zip(asked, own, strict=True)])
         wanted = labels[[c for mine in own for c in mine]]
         if self.scorer.config.classes > 1:
             return F.cross_entropy(said.float(), wanted.long())
-        if float(wanted.min()) >= 0 and float(wanted.max()) <= 1:
-            return F.binary_cross_entropy_with_logits(said.float(), wanted.float())
-        return F.mse_loss(said.float(), wanted.float())
+        if self.loss.numbers:
+            return F.mse_loss(said.float(), wanted.float())
+        return F.binary_cross_entropy_with_logits(said.float(), wanted.float())
 
     def _from_teacher(
         self,
