@@ -91,6 +91,12 @@ def test_a_point_is_explained_and_exported(place: Path, tmp_path: Path) -> None:
     assert rows[1] > rows[0]
 
 
+def test_a_profile_by_stage(place: Path) -> None:
+    found = ok("bench", place / "ase", place / "valid.jsonl", "--profile", "--rounds", 1, "--batch-size", 4)
+    (stages,) = found["profile"]
+    assert stages["seconds"]["thresher"]["tokenise"] > 0
+
+
 def test_candidates_are_answered_in_their_order(place: Path, tmp_path: Path) -> None:
     rows = dialogues(3, seed=2)
     labelled = ok("predict", place / "ase", write_rows(tmp_path / "a.jsonl", rows))["predictions"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -207,7 +207,11 @@ def _profiles(
 ) -> list[tuple[int | None, StageTimes]]:
     from thresher.measure.profile import profile
 
-    tokenise = _tokenising(opened, texts, max(map(len, encoded["input_ids"])))
+    longest = max(map(len, encoded["input_ids"]))
+
+    def tokenise() -> object:
+        return opened.work.encode(texts, opened.tokenizer, longest, labels=False, quiet=True)
+
     with progress("profiling", (rounds + 1) * len(sizes)) as done:
         return [
             (
@@ -218,15 +222,6 @@ def _profiles(
             )
             for size in sizes
         ]
-
-
-def _tokenising(opened: Opened, texts: datasets.Dataset, limit: int) -> Callable[[], object]:
-    """What makes token ids of the texts once more."""
-    names = ["text", "text_pair"] if "text_pair" in texts.column_names and opened.work.kind != "embedding" else ["text"]
-    if opened.work.kind == "qa":
-        names = ["question", "context"]
-    given = [["" if value is None else str(value) for value in texts[name][:]] for name in names]
-    return lambda: opened.tokenizer(*given, truncation=True, max_length=limit)
 
 
 def _stage_table(size: int | None, times: StageTimes) -> RenderableType:

@@ -114,11 +114,18 @@ class Work:
         return [tuple(row.values()) for row in rows]
 
     def encode(
-        self, rows: datasets.Dataset, tokenizer: Any, limit: int, *, labels: bool, training: bool = False
+        self,
+        rows: datasets.Dataset,
+        tokenizer: Any,
+        limit: int,
+        *,
+        labels: bool,
+        training: bool = False,
+        quiet: bool = False,
     ) -> EncodedRows:
-        """Token ids and, where `labels` (then required) or there are any, labels; says what was cut or empty."""
+        """Token ids and, where `labels` (then required) or there are any, labels; says what was cut or empty unless `quiet`."""
         encoded = self._encode(rows, tokenizer, limit, labels, training)
-        if (remark := encoded.notice()) is not None:
+        if not quiet and (remark := encoded.notice()) is not None:
             notice(remark)
         return encoded
 
