@@ -42,7 +42,7 @@ def faults(*arguments: str) -> int:
 
 @glibc
 def test_memory_that_is_kept_is_not_faulted_in_again() -> None:
-    assert faults("keep") < 1000 < faults()
+    assert faults("keep") < faults() / 3  # not none: the heap may still grow once
 
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
