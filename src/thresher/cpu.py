@@ -1,9 +1,9 @@
 """Attention on the CPU with its probabilities in sight, a few heads at a time.
 
 All heads of a long row at once fill the caches several times over, and memory of that size goes back to the system after each
-layer and is faulted in again, which takes longer than the products. So a few maps are computed into the same memory over
-and over, small enough to be still in the cache while evidence is read from them: evidence then costs little, and memory is
-a few n x n maps instead of one for each head.
+layer and is faulted in again. So a few maps are computed into the same memory over and over, small enough to be still in
+the cache while evidence is read from them: evidence then costs little, and memory is a few n x n maps instead of one for
+each head.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def heads_apart(query: Tensor, n: int, *, probabilities: bool) -> bool:
 
 
 def learns_from_probabilities(query: Tensor, n: int) -> bool:
-    """Whether training on a row of n tokens is fastest with its probabilities kept: the flash kernel's backward in bfloat16
-    takes a third of a step. query: any tensor of the call."""
+    """Whether training on a row of n tokens is fastest with its probabilities kept, since the flash kernel's backward pass is
+    slow in bfloat16. query: any tensor of the call."""
     return query.device.type == "cpu" and query.dtype is torch.bfloat16 and n <= LEARNING_TO
 
 

@@ -12,9 +12,9 @@ LARGE = 2**30
 def keep_memory() -> bool:
     """Have this process keep the memory that torch frees, to use it again. Call once, before the first pass.
 
-    glibc gives large blocks back to the system as soon as they are free, so that every layer asks for its activations anew
-    and the system clears them page by page: on a CPU that is up to a third of the time of one long request. Afterwards the
-    process stays as large as it ever was. It holds for all that runs in the process; the command line does it itself.
+    glibc gives large blocks back to the system as soon as they are free, so that layers ask for their activations anew and
+    the system clears them page by page; how often depends on the sizes that follow each other. Afterwards the process stays
+    as large as it ever was. It holds for all that runs in the process; the command line does it itself.
     The environment variables MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ do the same from outside.
 
     Returns whether it was done: not where the C library is another one (macOS, Windows, Alpine).
