@@ -1,84 +1,201 @@
-"""Block-Skim on SQuAD: joint training against plain fine-tuning, and the frontier of speedup and F1.
+"""Block-Skim on SQuAD, one part a command. Every part can be interrupted and given again; parts with one --out share models.
 
-    python benchmarks/block_skim.py --data-dir DIR --out RUNS/squad --seeds 0 1 2
+    python benchmarks/block_skim.py PART --data-dir DIR --out RUNS/squad [--start DIR] [--long] [--questions N]
 
-The same MiniLM, data, epochs and learning rate with and without the block predictors' loss. Thresholds are set to speedups on
-held-out questions; F1 lost is against the plain model of the same seed, run packed.
+joint         joint training against plain training, nothing dropped (--seeds 0 1 2)
+frontier      F1 lost against FLOPs, as the threshold falls
+ablations     block sizes, frozen model, skimming while training, the full map; how often predictors are right, by layer
+methods       Block-Skim beside other methods, all from one start with one budget, at equal FLOPs
+measure       wall-clock in batches of 8, paired, beside FLOPs
+compression   on a student of half the layers, and on the model without half its heads
+
+All begin from one start, which answers questions already: --start, or MiniLM trained in OUT. Another backbone is another
+--start. Thresholds are set on held-out articles, never on the dev set; F1 lost is against the plain model, run packed, that was
+trained from the same start for as long.
 """
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import thresher
 from questions import Bench, Judged, parser
-from records import RESULTS
 from thresher.errors import TargetError
+from thresher.measure.latency import compare
 from thresher.policy import Stage
-from thresher.report import frontier_chart, save_chart
+from thresher.report import frontier_chart
 
+FILE = "block_skim"
 SPEEDUPS = (1.15, 1.3, 1.6, 2.0)
 TARGETS = {1.3: "<= 0.5", 1.6: "<= 1.0"}
-CHART = RESULTS.parent.parent / "docs" / "img" / "block-skim-squad.svg"
 
 
-def plain(bench: Bench, seed: int) -> Any:
-    stage = Stage(name="plain", mode="off", epochs=bench.args.epochs, learning_rate=bench.args.learning_rate)
-    return bench.trained("plain", thresher.BlockSkim(), seed, stages=(stage,))
+def plain(bench: Bench, seed: int = 0) -> Any:
+    """Trained as the joint model is, without the predictors' loss."""
+    rate = bench.args.learning_rate
+    stage = Stage(name="plain", mode="off", epochs=bench.args.passes / len(bench.train), learning_rate=rate)
+    return bench.trained("plain", thresher.BlockSkim(), {"plain": 1.0}, seed=seed, stages=(stage,))
 
 
-def joint(bench: Bench, seed: int) -> Any:
-    overrides = {"epochs": bench.args.epochs, "learning_rate": bench.args.learning_rate}
-    return bench.trained("joint", thresher.BlockSkim(), seed, overrides=overrides)
+def joint(
+    bench: Bench,
+    policy: thresher.BlockSkim | None = None,
+    name: str = "joint",
+    seed: int = 0,
+    start: Path | None = None,
+) -> Any:
+    """Trained by Block-Skim's one stage."""
+    policy = policy or thresher.BlockSkim()
+    stage = "joint" if policy.learning == "joint" else policy.learning
+    faster = {} if policy.learning == "frozen" else {f"{stage}.learning_rate": bench.args.learning_rate}
+    return bench.trained(name, policy, {stage: 1.0}, seed=seed, start=start, overrides=faster)
 
 
-def frontier(bench: Bench, model: Any) -> dict[float, Judged]:
-    """What the model is worth when its threshold is set to each speedup on held-out questions."""
-    found = {}
-    for speedup in SPEEDUPS:
+def at(bench: Bench, model: Any, speedups: tuple[float, ...] = SPEEDUPS) -> Iterator[tuple[float, Judged]]:
+    """What the model is worth when its threshold is set to each speedup on held-out questions, the model set to it."""
+    for speedup in speedups:
         try:
             thresher.calibrate(model, bench.held_out.rows, speedup=speedup, tolerance=0.02)
         except TargetError as error:
-            print(error)
+            print(error, flush=True)
             continue
-        found[speedup] = bench.judge(model)
-        print(f"{speedup}x asked: {found[speedup].speedup:.3f}x, F1 {found[speedup].f1:.2f}", flush=True)
-    return found
+        yield speedup, bench.judge(model)
+
+
+def lost(found: Judged, start: Judged) -> dict[str, Any]:
+    """What a record of F1 lost says beside it."""
+    return {
+        "flops_speedup": round(found.speedup, 3),
+        "f1": round(found.f1, 2),
+        "exact": round(found.exact, 2),
+        "standard_error": round(found.uncertainty(start), 3),
+    }
+
+
+def run_joint(bench: Bench) -> None:
+    seeds = bench.args.seeds
+    plains = [bench.judge(plain(bench, seed), packed=True) for seed in seeds]
+    joints = [bench.judge(joint(bench, seed=seed), packed=True) for seed in seeds]
+    baseline = f"plain training: F1 {mean(p.f1 for p in plains):.2f}, EM {mean(p.exact for p in plains):.2f}"
+    for name in ("f1", "exact"):
+        gains = [getattr(j, name) - getattr(p, name) for j, p in zip(joints, plains, strict=True)]
+        bench.record(
+            FILE,
+            f"block-skim-joint-{bench.args.label}-{name}{bench.suffix}",
+            f"{name} gained by joint training, nothing dropped",
+            mean(gains),
+            "points",
+            target=">= 0",
+            baseline=baseline,
+            spread=[round(gain, 3) for gain in gains],
+            seeds=seeds,
+        )
+
+
+def run_frontier(bench: Bench) -> None:
+    seeds, found = bench.args.seeds, {}
+    plains = {seed: bench.judge(plain(bench, seed), packed=True) for seed in seeds}
+    for seed in seeds:
+        for speedup, judged in at(bench, joint(bench, seed=seed)):
+            found[seed, speedup] = judged
+    points = []
+    for speedup in SPEEDUPS:
+        rows = [(found[seed, speedup], plains[seed]) for seed in seeds if (seed, speedup) in found]
+        if not rows:
+            continue
+        points.append((mean(one.speedup for one, _ in rows), mean(one.f1 for one, _ in rows)))
+        bench.record(
+            FILE,
+            f"block-skim-squad-{bench.args.label}{bench.suffix}-{speedup}",
+            f"F1 lost by skimming at about {speedup}x FLOPs",
+            mean(one.lost(start) for one, start in rows),
+            "points",
+            target=None if bench.args.long else TARGETS.get(speedup),
+            baseline=f"plain training, packed: F1 {mean(start.f1 for _, start in rows):.2f}",
+            spread={**lost(*rows[0]), "each": [round(one.lost(start), 3) for one, start in rows]},
+            seeds=seeds,
+        )
+    level = mean(one.f1 for one in plains.values())
+    chart = frontier_chart({"Block-Skim": points}, baseline=level, quality_label="F1 on SQuAD")
+    bench.draw(chart, f"block-skim-{bench.args.label}")
+
+
+def run_measure(bench: Bench) -> None:
+    """--rows windows of the dev set in arrival order, --rounds rounds, every way in every round."""
+    args, model = bench.args, joint(bench)
+    count = min(args.rows, len(bench.dev.rows))
+    rows = bench.dev.rows.select(range(count))
+    padding = None
+    for speedup, judged in at(bench, model):
+        found = compare(model, rows, batch_size=args.batch_size, rounds=args.rounds)
+        spread, padding = found.measured, found.padding_only
+        bench.record(
+            FILE,
+            f"block-skim-measured-{args.label}{bench.suffix}-{speedup}",
+            f"wall-clock at about {speedup}x FLOPs, batches of {args.batch_size}",
+            spread.median,
+            "ratio",
+            baseline="the same model, packed, nothing dropped",
+            spread={
+                "low": round(spread.low, 3),
+                "high": round(spread.high, 3),
+                "flops_of_these_rows": round(found.flops, 3),
+                "flops_of_the_dev_set": round(judged.speedup, 3),
+                "realised": round(spread.median / found.flops, 3),
+            },
+            note=f"{count} windows of {found.tokens_per_row:.0f} tokens, {args.rounds} rounds, {found.threads} threads",
+        )
+    if padding is not None:
+        bench.record(
+            FILE,
+            f"block-skim-measured-{args.label}{bench.suffix}-padding",
+            f"wall-clock of leaving out padding alone, batches of {args.batch_size}",
+            padding.median,
+            "ratio",
+            baseline="stock, padded to the longest of its batch",
+            spread={"low": round(padding.low, 3), "high": round(padding.high, 3)},
+        )
+
+
+def elsewhere(name: str) -> Callable[[Bench], None]:
+    """A part with a file of its own, loaded when it runs."""
+    return lambda bench: import_module(f"block_skim_{name}").main(bench)
+
+
+PARTS: dict[str, Callable[[Bench], None]] = {
+    "joint": run_joint,
+    "frontier": run_frontier,
+    "measure": run_measure,
+    **{name: elsewhere(name) for name in ("ablations", "methods", "compression")},
+}
+
+
+def options() -> argparse.ArgumentParser:
+    made = parser(__doc__)
+    made.add_argument("part", choices=sorted(PARTS))
+    some = made.add_argument_group("of one part")
+    some.add_argument("--variants", nargs="+", help="ablations: which; default: all")
+    some.add_argument("--methods", nargs="+", help="methods: which; default: all")
+    some.add_argument("--evaluations", type=int, default=60, help="methods: of a search")
+    some.add_argument(
+        "--trained-at", type=float, default=1.6, help="methods: speedup of PoWER-BERT and LTP in training"
+    )
+    some.add_argument("--power-penalty", type=float, default=1e-3, help="methods: of PoWER-BERT's soft stage")
+    some.add_argument("--power-rate", type=float, default=3e-3, help="methods: learning rate of its retention vectors")
+    some.add_argument("--rows", type=int, default=128, help="measure: windows")
+    some.add_argument("--rounds", type=int, default=15, help="measure: rounds")
+    some.add_argument("--batch-size", type=int, default=8, help="measure: windows run at a time")
+    return made
 
 
 def main() -> None:
-    bench = Bench(parser(__doc__).parse_args())
-    plains, joints, frontiers = [], [], []
-    for seed in bench.args.seeds:
-        plains.append(bench.judge(plain(bench, seed), packed=True))
-        model = joint(bench, seed)
-        joints.append(bench.judge(model, packed=True))
-        print(f"seed {seed}: plain {plains[-1].f1:.2f}, joint {joints[-1].f1:.2f}", flush=True)
-        frontiers.append(frontier(bench, model))
-    args = bench.args
-    about = {
-        "baseline": f"plain fine-tuning, packed: F1 {mean(p.f1 for p in plains):.2f}, EM {mean(p.exact for p in plains):.2f}",
-        "note": f"MiniLM-L6, {len(bench.train)} training windows of at most 384 tokens, {args.epochs:g} epochs, learning rate "
-        f"{args.learning_rate:g}; blocks of 32; thresholds set on {len(bench.held_out.ids)} held-out questions",
-    }
-    for name, target in (("f1", ">= 0"), ("exact", ">= 0")):
-        gains = [getattr(j, name) - getattr(p, name) for j, p in zip(joints, plains, strict=True)]
-        bench.record("block_skim", f"block-skim-joint-{name}", f"{name} gained by joint training, nothing dropped", mean(gains),
-                     "points", target=target, spread=[round(g, 3) for g in gains], **about)  # fmt: skip
-    points = []
-    for speedup in SPEEDUPS:
-        rows = [(f[speedup], p) for f, p in zip(frontiers, plains, strict=True) if speedup in f]
-        if not rows:
-            continue
-        lost = [found.lost(start) for found, start in rows]
-        points.append((mean(found.speedup for found, _ in rows), mean(found.f1 for found, _ in rows)))
-        spread = {"flops_speedup": round(points[-1][0], 3), "each": [round(x, 3) for x in lost],
-                  "standard_error": round(rows[0][0].uncertainty(rows[0][1]), 3)}  # fmt: skip
-        bench.record("block_skim", f"block-skim-squad-{speedup}", f"F1 lost by skimming at about {speedup}x FLOPs", mean(lost),
-                     "points", target=TARGETS.get(speedup), spread=spread, **about)  # fmt: skip
-    chart = frontier_chart({"Block-Skim": points}, baseline=mean(p.f1 for p in plains), quality_label="F1 on SQuAD")
-    print("drawn:", save_chart(chart, bench.args.out / CHART.name if bench.dry else CHART))
+    args = options().parse_args()
+    PARTS[args.part](Bench(args))
 
 
 if __name__ == "__main__":

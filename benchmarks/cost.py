@@ -19,7 +19,7 @@ import thresher
 from records import record
 from speed import random_batch
 from starts import minilm
-from thresher.attention import NOTHING, Wanted
+from thresher.evidence import NOTHING, Wanted
 from thresher.measure.latency import paired, ratio
 from thresher.policy import Policy, PolicyConfig
 

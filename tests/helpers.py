@@ -199,11 +199,13 @@ def outputs_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tens
 # runs with its defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
     "ltp": {"threshold": 0.2},
+    "adapler": {"threshold": 1.0},  # an untrained predictor gives nearly even shares
     "rising-threshold": {"threshold": 0.2},
     "relative-threshold": {"threshold": 0.4},
     "cascade-top-k": {"keep_rate": 0.3},
     "block-skim": {"block": 2, "threshold": 0.5, "keep_question": False},
     "transkimmer": {"bias": 0.0},  # keeps everything until it is trained
+    "tr-bert": {"bias": 0.0},  # keeps nearly everything until it is trained
     "power-bert": {"retention": (0.7, 0.5, 0.3)},  # keeps everything until it is trained
 }
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import thresher.attention as attention
-from thresher.attention import Wanted, attend
+from thresher.attention import attend
+from thresher.evidence import Wanted
 from thresher.packed import PackedTokens
 
 HEADS, SIZE = 3, 8

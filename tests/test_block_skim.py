@@ -17,7 +17,6 @@ import test_attention as base
 import thresher
 from helpers import SEP, alone, batch, dataset, decided, make, outputs_of, segments_of, tokenizer, worst
 from thresher import cuda
-from thresher.answers import NO_ANSWER
 from thresher.errors import OptionError
 from thresher.measure.flops import dense_flops, flops
 from thresher.methods.block_skim import (
@@ -30,6 +29,7 @@ from thresher.methods.block_skim import (
     predictor_accuracy,
 )
 from thresher.model import policy_of
+from thresher.outputs import NO_ANSWER
 from thresher.packed import PackedTokens
 from thresher.parts.blocks import Blocks
 from thresher.policy import Geometry, Point, Trace

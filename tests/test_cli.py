@@ -28,6 +28,7 @@ from thresher.training import stages
 
 COMMANDS = (
     "fit",
+    "compare",
     "calibrate",
     "search",
     "post-train",

@@ -119,6 +119,13 @@ def test_an_interrupted_index_goes_on(place: Path, tmp_path: Path, monkeypatch: 
     assert ranked(place, tmp_path / "s") == {**ranked(place, tmp_path / "whole"), "store": str(tmp_path / "s")}
 
 
+@pytest.mark.slow
+def test_several_workers_index_the_same(place: Path, tmp_path: Path) -> None:
+    said = ok(*words(place, tmp_path / "s", "--batch", 2, "--workers", 2))
+    assert said == {**ok(*words(place, tmp_path / "one", "--batch", 2)), "store": str(tmp_path / "s")}
+    assert ranked(place, tmp_path / "s") == {**ranked(place, tmp_path / "one"), "store": str(tmp_path / "s")}
+
+
 def test_other_files_and_columns(place: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("id,passage\n" + "".join(f"{i},{text}\n" for i, text in enumerate(WORDS[:4])))
     pq.write_table(pa.table({"id": ["x", "y"], "text": WORDS[4:]}), tmp_path / "rows.parquet")

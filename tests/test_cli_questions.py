@@ -14,11 +14,12 @@ from transformers import DataCollatorWithPadding
 
 import thresher
 from commands import WORDS, call, fails, ok, write_rows
-from helpers import build, config_of, tokenizer
+from helpers import build, config_of, decided, make, tokenizer
 from thresher.cli.data import hold_out
 from thresher.errors import DataError
 from thresher.model import attachment_of, find_encoder, policy_of
-from thresher.training.stages import _WithEvidence
+from thresher.tasks.answering import QuestionTask
+from thresher.training.stages import _ForThePolicy
 
 QUICK = ("--stage", "epochs=1", "--stage", "batch_size=16", "--precision", "float32")
 QUESTION, PASSAGE = "w9 w5", "w7 w8 w9 w10. w11 w12"
@@ -200,6 +201,33 @@ def test_an_explanation_marks_the_answer(place: Path, tmp_path: Path) -> None:
     assert "«" in call("explain", place / "qa", "--text", QUESTION, "--pair", PASSAGE).stdout
 
 
+def test_an_explanation_shows_the_blocks_that_were_skimmed_and_the_answer(place: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = thresher.attach(make("bert", "question-answering"), thresher.BlockSkim(block=4, threshold=0.5))
+    rows = datasets.Dataset.from_list(questions(16, 1))
+    thresher.calibrate(decided(model), QuestionTask(48).encode(rows, tokenizer()).rows, speedup=1.2, tolerance=0.1)
+    thresher.save(model, tmp_path / "skim")
+    tokenizer().save_pretrained(tmp_path / "skim")
+    asked = [word for row in questions(4, 1) for word in ("--text", QUESTION, "--pair", row["context"])]
+    html = tmp_path / "map.html"
+    maps = ok("explain", tmp_path / "skim", *asked, "--html", html)["maps"]
+    page, plain = html.read_text(), " ".join(call("explain", tmp_path / "skim", *asked).stdout.split())
+    mixed = 0
+    for found in maps:
+        dropped = found["dropped_at"]
+        blocks = [dropped[start : start + 4] for start in range(0, len(dropped), 4)]
+        assert all(len(set(block)) == 1 for block in blocks)
+        assert blocks[0] == [None] * 4  # [CLS], the question and its separator
+        assert all(f'data-dropped="{layer}"' in page and f"[{layer}:" in plain for layer in dropped if layer)
+        if found["answer"] is not None:  # else the whole passage was skimmed
+            first, end = found["answer"]
+            assert dropped[first] is dropped[end - 1] is None  # though what stands between may be skimmed
+            assert set(dropped[first:end]) != {None} or f"«{found['note']}»" in plain
+            mixed += len(set(dropped)) > 1
+    assert mixed
+    assert '<span class="answer">the answer</span>' in page
+
+
 def test_an_exported_graph_answers_as_the_model(place: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     ok("export", place / "qa", tmp_path / "graph", place / "valid.jsonl", "--limit", 4)
@@ -256,7 +284,7 @@ def test_evidence_is_padded_with_its_row(side: str) -> None:
     words = tokenizer()
     words.padding_side = side
     rows = [{"input_ids": [2] * n, "attention_mask": [1] * n, "evidence": [1] * n} for n in (3, 5, 1)]
-    batch = _WithEvidence(DataCollatorWithPadding(words), side)(rows)
+    batch = _ForThePolicy(DataCollatorWithPadding(words), side)(rows)
     assert torch.equal(batch["evidence"], batch["attention_mask"])
     assert rows[0]["evidence"] == [1, 1, 1]
 
@@ -268,3 +296,58 @@ def test_without_labels(place: Path, tmp_path: Path) -> None:
     more = ("--task", "qa", "--method", "attention-mass", "--speedup", 1.2, "--no-labels", "--out", tmp_path / "out")
     found = ok("fit", place / "plain", file, "--validation", file, *more, *QUICK)
     assert found["metric"] == "agreement"
+
+
+def spoilt(count: int) -> list[dict[str, Any]]:
+    """Questions of which three are bad: an answer that stands elsewhere, no passage, an id that was there before."""
+    rows = questions(count, 7)
+    rows[1]["answers"]["answer_start"][0] += 1
+    rows[3]["context"] = " "
+    rows[5]["id"] = rows[0]["id"]
+    return rows
+
+
+def notes(stderr: str) -> list[str]:
+    return [line.removeprefix("Note: ") for line in stderr.splitlines() if line.startswith("Note: ")]
+
+
+def test_bad_rows_are_named_counted_and_skipped_only_when_asked(place: Path, tmp_path: Path) -> None:
+    rows = spoilt(12)
+    good = [row for number, row in enumerate(rows) if number not in (1, 3, 5)]
+    file, clean = write_rows(tmp_path / "bad.jsonl", rows), write_rows(tmp_path / "clean.jsonl", good)
+    fails("evaluate", place / "qa", file, match="line 2: the question 'q7-1' says that its answer")
+    done = call("evaluate", place / "qa", file, "--skip-bad", "--json")
+    assert done.exit_code == 0, done.stderr
+    found, wanted = json.loads(done.stdout), ok("evaluate", place / "qa", clean)
+    assert (found["rows"], found["thresher"]) == (wanted["rows"], wanted["thresher"])
+    said = notes(done.stderr)
+    assert [line.split("'")[1] for line in said[:3]] == ["q7-1", "q7-3", "q7-0"]
+    assert "says that its answer" in said[0] and "has an empty context" in said[1] and "id of an earlier" in said[2]
+    assert all(line.endswith("; it is skipped.") for line in said[:3])
+    assert said[3:] == ["3 bad questions were skipped."]
+    assert not notes(call("evaluate", place / "qa", clean, "--skip-bad").stderr)
+    answered = ok("predict", place / "qa", file, "--skip-bad")["predictions"]  # whatever their answers say
+    assert [one["id"] for one in answered] == [row["id"] for n, row in enumerate(rows) if n not in (3, 5)]
+
+
+def test_every_command_that_reads_questions_can_skip(place: Path, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "bad.jsonl", spoilt(24))
+    more = ("--method", "attention-mass", "--speedup", 1.2)
+    data = (file, "--validation", file, "--skip-bad", "--out", tmp_path / "out")
+    done = call("fit", place / "base", *data, *more, *QUICK)  # taken for questions by their columns
+    assert done.exit_code == 0, done.stderr
+    assert notes(done.stderr).count("3 bad questions were skipped.") == 2
+    ok("calibrate", place / "plain", file, *more, "--skip-bad", "--out", tmp_path / "c")
+    ok("search", place / "qa", file, "--skip-bad", "--evaluations", 2, "--sampler", "random", "--out", tmp_path / "s")
+    ok("bench", place / "qa", file, "--skip-bad", "--rounds", 1, "--batch-size", 4)
+
+
+def test_what_cannot_be_skipped(place: Path, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "texts.jsonl", [{"text": "w5 w6", "label": 1}, {"text": "w7", "label": 0}])
+    fails("evaluate", place / "clf", file, "--skip-bad", match="for questions about passages .* this is classification")
+    data = (file, "--validation", file, "--skip-bad", "--out", tmp_path / "out")
+    fails("fit", place / "base", *data, match="say that these are such with --task qa")
+    fails("predict", place / "qa", "--text", "w9", "--pair", "w9 w5", "--skip-bad", match="needs DATA")
+    row = {**questions(1)[0], "context": ""}
+    said = fails("evaluate", place / "qa", write_rows(tmp_path / "e.jsonl", [row]), "--skip-bad", match="no questions")
+    assert "Note: 1 bad question was skipped." in said

@@ -16,8 +16,8 @@ from torch import Tensor
 
 import thresher
 from helpers import LENGTHS, batch, config_of, make, outputs_of, segments_of, worst
-from thresher.attention import Evidence
 from thresher.errors import OptionError
+from thresher.evidence import Evidence
 from thresher.measure.flops import flops
 from thresher.model import policy_of
 from thresher.packed import PackedTokens

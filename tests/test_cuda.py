@@ -28,10 +28,11 @@ from helpers import HEADS as HEADS_OF_MODELS
 from test_attention import EQUAL, HEADS, RAGGED, close, evidence_by_loops, halved, naive, packed, qkv, weighted
 from thresher import attention, cuda
 from thresher import packed as packed_module
-from thresher.attention import Wanted, attend
+from thresher.attention import attend
 from thresher.backbones.mpnet import FARTHEST, DistanceBias
 from thresher.cuda import mass, padded, varlen
 from thresher.errors import DataError, OptionError
+from thresher.evidence import Wanted
 from thresher.methods import CONFIGS
 from thresher.model import attachment_of
 from thresher.packed import Layout, PackedTokens

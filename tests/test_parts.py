@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thresher.attention import Evidence
+from thresher.evidence import Evidence
 from thresher.packed import PackedTokens
 from thresher.parts import rules, scores
 

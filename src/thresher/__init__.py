@@ -9,46 +9,84 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from thresher.attribution import saliency
     from thresher.calibration import calibrate
+    from thresher.comparing import compare
     from thresher.engine import keep_everything, simulated_drops, stock
     from thresher.errors import ThresherError
+    from thresher.exits import PABEE, SENTEE, Confidence, DeeBERT, FastBERT, SettledSpan, TokEE
     from thresher.explanation import explain
     from thresher.exported.runner import Runner
     from thresher.exported.writing import export
     from thresher.memory import keep_memory
+    from thresher.methods.adapler import AdapLeR
     from thresher.methods.ase import ASE
     from thresher.methods.block_skim import BlockSkim
     from thresher.methods.length_adaptive import LengthAdaptive
     from thresher.methods.ltp import LTP, RelativeThreshold, RisingThreshold
+    from thresher.methods.pooling import Pooling
     from thresher.methods.power_bert import PowerBert
     from thresher.methods.retention import AttentionMass, CascadeTopK, FirstTokens, LastTokens, RandomTokens
+    from thresher.methods.tr_bert import TRBert
     from thresher.methods.transkimmer import Transkimmer
-    from thresher.model import attach, detach, load, policy_of, quantize, save, set_config, set_speedup, validate
+    from thresher.model import (
+        attach,
+        detach,
+        exit_of,
+        load,
+        policy_of,
+        quantize,
+        save,
+        set_config,
+        set_exit,
+        set_speedup,
+        validate,
+    )
     from thresher.policy import Stage, retaining, tracing
     from thresher.searching import search
     from thresher.training import fit, post_train
+    from thresher.training.students import distil, prune_heads, student
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "attribution": ("saliency",),
     "calibration": ("calibrate",),
+    "comparing": ("compare",),
     "engine": ("keep_everything", "simulated_drops", "stock"),
     "errors": ("ThresherError",),
+    "exits": ("Confidence", "DeeBERT", "FastBERT", "PABEE", "SENTEE", "SettledSpan", "TokEE"),
     "explanation": ("explain",),
     "exported.runner": ("Runner",),
     "exported.writing": ("export",),
     "memory": ("keep_memory",),
+    "methods.adapler": ("AdapLeR",),
     "methods.ase": ("ASE",),
     "methods.block_skim": ("BlockSkim",),
     "methods.length_adaptive": ("LengthAdaptive",),
     "methods.ltp": ("LTP", "RelativeThreshold", "RisingThreshold"),
+    "methods.pooling": ("Pooling",),
     "methods.power_bert": ("PowerBert",),
     "methods.retention": ("AttentionMass", "CascadeTopK", "FirstTokens", "LastTokens", "RandomTokens"),
+    "methods.tr_bert": ("TRBert",),
     "methods.transkimmer": ("Transkimmer",),
-    "model": ("attach", "detach", "load", "policy_of", "quantize", "save", "set_config", "set_speedup", "validate"),
+    "model": (
+        "attach",
+        "detach",
+        "exit_of",
+        "load",
+        "policy_of",
+        "quantize",
+        "save",
+        "set_config",
+        "set_exit",
+        "set_speedup",
+        "validate",
+    ),
     "policy": ("Stage", "retaining", "tracing"),
     "searching": ("search",),
     "training": ("fit", "post_train"),
+    "training.students": ("distil", "prune_heads", "student"),
 }
 # What a missing package is installed with.
 _EXTRA = {"torch": "torch", "transformers": "torch", "safetensors": "torch", "datasets": "train", "accelerate": "train"}
@@ -57,23 +95,36 @@ _MODULE = {name: f"thresher.{module}" for module, names in _HOME.items() for nam
 __all__ = [
     "ASE",
     "LTP",
+    "PABEE",
+    "SENTEE",
+    "AdapLeR",
     "AttentionMass",
     "BlockSkim",
     "CascadeTopK",
+    "Confidence",
+    "DeeBERT",
+    "FastBERT",
     "FirstTokens",
     "LastTokens",
     "LengthAdaptive",
+    "Pooling",
     "PowerBert",
     "RandomTokens",
     "RelativeThreshold",
     "RisingThreshold",
     "Runner",
+    "SettledSpan",
     "Stage",
+    "TRBert",
     "ThresherError",
+    "TokEE",
     "Transkimmer",
     "attach",
     "calibrate",
+    "compare",
     "detach",
+    "distil",
+    "exit_of",
     "explain",
     "export",
     "fit",
@@ -82,14 +133,18 @@ __all__ = [
     "load",
     "policy_of",
     "post_train",
+    "prune_heads",
     "quantize",
     "retaining",
+    "saliency",
     "save",
     "search",
     "set_config",
+    "set_exit",
     "set_speedup",
     "simulated_drops",
     "stock",
+    "student",
     "tracing",
     "validate",
 ]

@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from thresher.errors import OptionError, TargetError
 from thresher.measure.run import Run, run, run_packed
-from thresher.model import attachment_of, find_encoder, policy_of, set_config
+from thresher.model import attachment_of, exit_of, find_encoder, policy_of, set_config, set_exit
 
 if TYPE_CHECKING:
     import datasets
 
 Quality = Callable[[np.ndarray], float]
+Knob = Literal["policy", "exit"]
 STRONGEST = 64.0
 
 
@@ -42,6 +43,7 @@ def calibrate(
     batch_size: int | None = None,
     tolerance: float = 0.01,
     predict: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor] | None = None,
+    knob: Knob | None = None,
 ) -> Calibration:
     """Set the attached policy's strength so that a target holds on `rows` (encoded validation rows); save keeps it.
 
@@ -52,6 +54,7 @@ def calibrate(
     reference: predictions on `rows` that a loss is counted from; by default those of this model with nothing dropped. After
         training give those of the model before it, or a loss that training itself brought goes unseen.
     batch_size: rows run at a time; None: as many as have 4,096 tokens together (`measure.run.batches`).
+    knob: "exit" to set the exit's strength instead, the policy staying as it is; None: the policy's, where there is one.
     Raises TargetError, naming the nearest that can be had, when the target cannot be met; the model is then unchanged.
     """
     if (speedup is None) == (max_loss is None):
@@ -62,8 +65,12 @@ def calibrate(
         raise OptionError(f"max_loss must be at least 0, not {max_loss}.")
     if len(rows) == 0:
         raise OptionError("Calibration needs at least one row.")
-    before = policy_of(model).config
-    search = _Search(model, rows, {"batch_size": batch_size, "predict": predict})
+    attachment = attachment_of(model)
+    knob = knob or ("exit" if attachment.policy is None and attachment.exit is not None else "policy")
+    if knob not in ("policy", "exit"):
+        raise OptionError(f'knob is "policy" or "exit", not {knob!r}.')
+    before = _strength(model, knob)
+    search = _Search(model, rows, {"batch_size": batch_size, "predict": predict}, knob)
     try:
         if speedup is not None:
             found = _to_speedup(search, speedup, tolerance)
@@ -76,10 +83,10 @@ def calibrate(
             baseline = float(judge(reference))
             found = _to_loss(search, judge, baseline - max_loss)
     except BaseException:
-        set_config(model, before)
+        _set_strength(model, knob, before)
         raise
     strength, result = found
-    set_config(model, before.replace(strength=strength))
+    _set_strength(model, knob, strength)
     value = float(quality(result.predictions)) if quality else None
     if max_loss is not None:
         value = float(judge(result.predictions))
@@ -87,26 +94,45 @@ def calibrate(
     attachment_of(model).notes["calibration"] = {
         "target": {"speedup": speedup} if speedup is not None else {"max_loss": max_loss},
         "rows": len(rows),
+        "knob": knob,
         **calibration.__dict__,
     }
     return calibration
 
 
-class _Search:
-    """Runs the model at a strength, remembering what was run."""
+def _strength(model: Any, knob: Knob) -> float:
+    """Raises OptionError where the model has no such knob."""
+    return float((policy_of(model) if knob == "policy" else exit_of(model)).config.strength)
 
-    def __init__(self, model: Any, rows: datasets.Dataset, options: dict[str, Any]) -> None:
-        self.model, self.rows, self.options = model, rows, options
+
+def _set_strength(model: Any, knob: Knob, strength: float) -> None:
+    if knob == "exit":
+        set_exit(model, strength=strength)
+    else:
+        set_config(model, policy_of(model).config.replace(strength=strength))
+
+
+class _Search:
+    """Runs the model at a strength, remembering what was run.
+
+    already: whether the model reads less at strength 0 too, since the other knob is on.
+    """
+
+    def __init__(self, model: Any, rows: datasets.Dataset, options: dict[str, Any], knob: Knob) -> None:
+        self.model, self.rows, self.options, self.knob = model, rows, options, knob
+        self.already = knob == "exit" and attachment_of(model).policy is not None
         self.seen: dict[float, Run] = {}
 
     def at(self, strength: float) -> Run:
         if strength not in self.seen:
-            set_config(self.model, policy_of(self.model).config.replace(strength=strength))
+            _set_strength(self.model, self.knob, strength)
             self.seen[strength] = run(self.model, self.rows, **self.options)
         return self.seen[strength]
 
 
 def _to_speedup(search: _Search, target: float, tolerance: float) -> tuple[float, Run]:
+    if search.already and search.at(0.0).speedup >= target:
+        return 0.0, search.at(0.0)
     low, high = 0.0, 1.0
     while search.at(high).speedup < target:
         low, high = high, high * 2
@@ -141,6 +167,8 @@ def _to_loss(search: _Search, quality: Quality, floor: float) -> tuple[float, Ru
             low, high = (middle, high) if holds(middle) else (low, middle)
     else:
         low = high
+    if search.already and (low == 0.0 or search.at(low).speedup < search.at(0.0).speedup) and holds(0.0):
+        return 0.0, search.at(0.0)
     if low == 0.0 or search.at(low).speedup <= 1.0:  # a strength so small that nothing drops is no setting
         tried = [(quality(r.predictions), r.speedup) for r in search.seen.values() if r.speedup > 1.0]
         best, ratio = max(tried, default=(floor, 1.0))

@@ -16,8 +16,10 @@ from typing import Any, get_args
 import safetensors.torch
 import transformers
 from safetensors import SafetensorError
+from torch import Tensor
 
 from thresher.errors import CheckpointError, OptionError
+from thresher.exits import Exit, ExitConfig, exit_class
 from thresher.linears import Precision
 from thresher.methods import config_class
 from thresher.policy import Policy, PolicyConfig
@@ -25,6 +27,7 @@ from thresher.policy import Policy, PolicyConfig
 FORMAT = 1
 SETTINGS = "thresher.json"
 WEIGHTS = "thresher.safetensors"
+OF_EXIT = "exit."  # what the names of an exit's weights begin with
 
 
 @contextlib.contextmanager
@@ -65,12 +68,14 @@ def write(
     outer: str,
     notes: dict[str, Any],
     precision: Precision,
+    exit: Exit[Any] | None = None,
 ) -> None:
     """Write the plain checkpoint and what Thresher keeps beside it, all or nothing."""
     with staged(directory) as staging:
         write_plain(str(staging))
-        state = {k: v.detach().cpu().contiguous() for k, v in policy.state_dict().items()} if policy else {}
-        safetensors.torch.save_file(state, staging / WEIGHTS)
+        state = dict(policy.state_dict()) if policy else {}
+        state |= {OF_EXIT + name: value for name, value in exit.state_dict().items()} if exit else {}
+        safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, staging / WEIGHTS)
         settings = {
             "format": FORMAT,
             "method": policy.config.method if policy else None,
@@ -80,8 +85,20 @@ def write(
             "weights_sha256": _sha256(staging / WEIGHTS),
             "notes": notes,
             "precision": precision,
+            "exit": _described(exit) if exit else None,
         }
         (staging / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def _described(exit: Exit[Any]) -> dict[str, Any]:
+    layers, hidden, outputs = exit.sizes
+    return {
+        "method": exit.config.method,
+        "config": exit.config.to_dict(),
+        "layers": layers,
+        "hidden": hidden,
+        "outputs": outputs,
+    }
 
 
 def _sha256(path: Path) -> str:
@@ -98,6 +115,8 @@ class Saved:
     outer: str
     notes: dict[str, Any]
     precision: Precision
+    exit: ExitConfig | None = None
+    exit_sizes: tuple[int, ...] = ()  # layers, hidden size and outputs that its branches were trained for
 
     def load_plain(self, device: Any = None) -> Any:
         """The model without its policy, in eval mode."""
@@ -121,9 +140,29 @@ class Saved:
     def load_policy(self, policy: Policy[Any]) -> None:
         """Fill a policy built from `config` with what it had learned."""
         try:
-            policy.load_state_dict(safetensors.torch.load_file(self.directory / WEIGHTS))
+            policy.load_state_dict({k: v for k, v in self._weights().items() if not k.startswith(OF_EXIT)})
         except (RuntimeError, SafetensorError) as error:
             raise mismatch(self.directory, error) from error
+
+    def load_exit(self, exit: Exit[Any]) -> None:
+        """Fill an exit with what it had learned. Raises CheckpointError where it was trained for other sizes."""
+        if self.exit_sizes != exit.sizes:
+            raise CheckpointError(
+                f"The exits in {self.directory} were trained for {_said(self.exit_sizes)}, and the model beside them has "
+                f"{_said(exit.sizes)}; train them again (thresher fit)."
+            )
+        try:
+            state = {k.removeprefix(OF_EXIT): v for k, v in self._weights().items() if k.startswith(OF_EXIT)}
+            exit.load_state_dict(state)
+        except (RuntimeError, SafetensorError) as error:
+            raise mismatch(self.directory, error) from error
+
+    def _weights(self) -> dict[str, Tensor]:
+        return safetensors.torch.load_file(self.directory / WEIGHTS)
+
+
+def _said(sizes: tuple[int, ...]) -> str:
+    return "{} layers of size {} and {} outputs".format(*sizes)
 
 
 def mismatch(directory: Any, error: Exception) -> CheckpointError:
@@ -148,6 +187,7 @@ def read(directory: Any) -> Saved:
         model_class, outer, digest = settings["model_class"], settings["outer"], settings["weights_sha256"]
         notes = settings.get("notes", {})
         precision = settings.get("precision", "float32")
+        exit = settings.get("exit") or {}
         if precision not in get_args(Precision):
             raise ValueError(f"precision is {precision!r}")
         for name, value, kind in (
@@ -155,6 +195,7 @@ def read(directory: Any) -> Saved:
             ("model_class", model_class, str),
             ("outer", outer, str),
             ("notes", notes, dict),
+            ("exit", exit, dict),
         ):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} is {value!r}")
@@ -177,9 +218,11 @@ def read(directory: Any) -> Saved:
         )
     try:
         config = None if method is None else config_class(method).from_dict(values)
-    except (OptionError, TypeError) as error:
+        exit_config = exit_class(exit["method"]).from_dict(exit["config"]) if exit else None
+        sizes = tuple(int(exit[name]) for name in ("layers", "hidden", "outputs")) if exit else ()
+    except (OptionError, TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{file} is corrupted: {error}") from error
-    return Saved(path, config, model_class, outer, notes, precision)
+    return Saved(path, config, model_class, outer, notes, precision, exit_config, sizes)
 
 
 __all__ = ["SETTINGS", "WEIGHTS", "Saved", "mismatch", "read", "staged", "write"]

@@ -10,20 +10,23 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
 
-from thresher import answers
-from thresher.attention import NO_EVIDENCE, NOTHING, Evidence, Wanted, attend
+from thresher import outputs
+from thresher.attention import attend
 from thresher.backbones import Entrance, Instead
-from thresher.errors import OptionError
+from thresher.backbones.opened import OpenedLayer, open_layers
+from thresher.errors import DataError, OptionError
+from thresher.exits import Exit, TokEEExit
+from thresher.frozen import run_layer
 from thresher.linears import FastLinear, Precision, has_onednn
 from thresher.packed import PackedTokens, being_exported
-from thresher.policy import Point, Policy, Trace, new_trace, retained
+from thresher.passes import Pass
+from thresher.policy import Policy
 from thresher.protection import protected_tokens
 from thresher.timing import mark
 
@@ -67,92 +70,6 @@ def simulated_drops() -> contextlib.AbstractContextManager[None]:
     return _set(_simulated)
 
 
-class Pass:
-    """The state of one forward pass. Made when the encoder is called, dropped when it returns; never shared by threads."""
-
-    def __init__(self, engine: Engine, mask: Tensor | None, segments: Tensor | None, protected: Tensor | None) -> None:
-        keeping = _keeping.get() or engine.policy is None or engine.policy.mode == "off"
-        self.policy: Policy[Any] | None = None if keeping else engine.policy
-        self.mask = mask
-        self.segments = segments
-        self.protected = protected
-        self.carry = engine.entrance.fill == "carry"
-        self.position_bias = None if engine.entrance.position_bias is None else engine.entrance.position_bias()
-        self.simulated = _simulated.get()
-        drawn = retained() if self.policy is not None else None
-        self._skip = drawn.skip if drawn is not None else ()
-        self._exporting = being_exported()
-        self.trace: Trace = new_trace()
-        self.layer = 0
-        self.tokens: PackedTokens | None = None
-        self.wanted: Wanted = NOTHING
-        self.evidence: Evidence = NO_EVIDENCE
-
-    def begin_layer(self, hidden: Tensor) -> PackedTokens:
-        """hidden: [B, N, D] at the first layer, [1, T, D] later."""
-        self.layer += 1
-        mark("norms" if self.tokens is not None else "embed")
-        if self.tokens is None:
-            tokens = PackedTokens.pack(
-                hidden,
-                self.mask,
-                segments=self.segments,
-                protected=self.protected,
-                carry=self.carry and self.policy is not None,
-                simulated=self.simulated,
-            )
-            self.trace.original = tokens.layout.sizes
-            if self.trace.record:
-                self.trace.mask = hidden.new_ones(hidden.shape[:2]) if self.mask is None else self.mask
-            mark("pack")
-        else:
-            tokens = self.tokens.with_hidden(hidden[0])
-        self.tokens = tokens
-        self.evidence = NO_EVIDENCE
-        tokens = self._entered = self.act(Point.BEFORE_LAYER, tokens)
-        self.wanted = self.policy.wants(self.layer) if self.policy else NOTHING
-        self._reads_attention = tokens.lengths.tolist() if self.simulated else tokens.layout.sizes
-        self._reads_feed_forward = self._reads_attention
-        return tokens
-
-    def act(self, point: Point, tokens: PackedTokens) -> PackedTokens:
-        if self.policy is not None:
-            mark("norms")
-            after = self.policy.act(point, self.layer, tokens, self.evidence, self.trace)
-            if self.trace.record and after is not tokens:
-                self._note_dropped(tokens, after)
-            tokens = after
-            mark("select")
-        self.tokens = tokens
-        return tokens
-
-    def after_attention(self, hidden: Tensor) -> PackedTokens:
-        assert self.tokens is not None
-        tokens = self.act(Point.AFTER_ATTENTION, self.tokens.with_hidden(hidden[0]))
-        self._reads_feed_forward = tokens.lengths.tolist() if self.simulated else tokens.layout.sizes
-        return tokens
-
-    def end_layer(self, hidden: Tensor, *, also_after_attention: bool) -> PackedTokens:
-        assert self.tokens is not None
-        if self.layer in self._skip:  # computed and thrown away: only training leaves layers out
-            self.tokens, reads = self._entered, [0] * len(self._reads_attention)
-            self.trace.reads.append((reads, reads))
-            return self.tokens
-        tokens = self.tokens.with_hidden(hidden[0])
-        if also_after_attention:
-            tokens = self.act(Point.AFTER_ATTENTION, tokens)
-        tokens = self.act(Point.AFTER_LAYER, tokens)
-        self.trace.reads.append((self._reads_attention, self._reads_feed_forward))
-        if self._exporting:
-            self.trace.kept.append(tokens.positions)
-        return tokens
-
-    def _note_dropped(self, before: PackedTokens, after: PackedTokens) -> None:
-        flat = before.layout.flat if before.alive is None else before.layout.flat[before.alive]
-        left = after.layout.flat if after.alive is None else after.layout.flat[after.alive]
-        self.trace.dropped.append((self.layer, flat[~torch.isin(flat, left)]))
-
-
 class Engine:
     """The hooks of one attached model. Holds no state of a pass."""
 
@@ -161,11 +78,13 @@ class Engine:
         model: PreTrainedModel,
         entrance: Entrance,
         policy: Policy[Any] | None,
+        exit: Exit[Any] | None = None,
         precision: Precision = "float32",
     ) -> None:
         self.entrance = entrance
         self.precision = precision
         self.policy = policy
+        self.exit = exit
         self.signature = inspect.signature(type(entrance.base).forward)
         self.stock_implementation = model.config._attn_implementation
         self.handles: list[Any] = []
@@ -186,8 +105,18 @@ class Engine:
                 self.handles.append(midpoint.register_forward_hook(self.on_midpoint))
         if entrance.tail is not None:
             self.handles.append(entrance.tail.register_forward_hook(self.on_tail))
-        answers.guard(self.model)
+        if self.exit is not None:
+            opened = open_layers(self.model) if isinstance(self.exit, TokEEExit) else [None] * len(entrance.layers)
+            for layer, parts in zip(entrance.layers, opened, strict=True):
+                layer.forward = functools.update_wrapper(partial(_layer, layer, parts), layer.forward)  # type: ignore[method-assign]
+        if self._edits:
+            outputs.guard(self.model)
         self.set_precision(self.precision)
+
+    @property
+    def _edits(self) -> bool:
+        """Whether what the head says may have to be changed."""
+        return self.exit is not None or outputs.answers_with_spans(self.model)
 
     def _set_implementation(self, name: str) -> None:
         if self.entrance.instead:  # transformers' method warns and does nothing
@@ -219,7 +148,11 @@ class Engine:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        answers.release(self.model)
+        if self._edits:
+            outputs.release(self.model)
+        if self.exit is not None:
+            for layer in self.entrance.layers:
+                del layer.forward
         del self.entrance.base.forward
         for one in self.entrance.instead:
             delattr(one.module, one.name)
@@ -248,6 +181,8 @@ class Engine:
         like = ids if ids is not None else embeds
         if like is None:
             return None  # transformers' own error says what is missing
+        if len(like) == 0:
+            raise DataError("The batch has no rows; give an attached model at least one.")
         # A graph is traced for one sequence without padding, whatever mask the model's head is given.
         mask = None if being_exported() else given.get("attention_mask")
         if mask is not None and mask.dim() != 2:
@@ -260,16 +195,32 @@ class Engine:
         if segments is None and ids is not None and end is not None:
             ends = (ids == end).long()
             segments = (ends.cumsum(1) - ends > 0).long()
-        protected = None
-        if self.policy is not None:
-            self.policy.follow(like.device, base.training)
-        if self.policy is not None and self.policy.mode != "off" and not _keeping.get():
-            protected = protected_tokens(self.policy.config, ids, segments)
-        return Pass(self, mask, segments, protected)
+        policy, exit, edits = self.policy, self.exit, outputs.expected()
+        if policy is not None:
+            policy.follow(like.device, base.training)
+        if exit is not None:
+            exit.follow(like.device, base.training)
+        if policy is not None and (policy.mode == "off" or _keeping.get()):
+            policy = None
+        if exit is not None and (exit.idle or _keeping.get() or edits is None):
+            exit = None
+        return Pass(
+            self.entrance,
+            policy,
+            exit,
+            edits,
+            mask=mask,
+            segments=segments,
+            protected=None if policy is None else protected_tokens(policy.config, ids, segments),
+            simulated=_simulated.get(),
+        )
 
     def on_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         now = _current.get()
         if now is None:
+            return None
+        if now.over:
+            now.skip_layer()
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         tokens = now.begin_layer(hidden)
@@ -282,7 +233,7 @@ class Engine:
 
     def on_midpoint(self, module: nn.Module, args: Any, output: Any) -> Any:
         now = _current.get()
-        if now is None:
+        if now is None or now.asking is not None:  # which no policy acts beside
             return None
         hidden, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
         hidden = now.after_attention(hidden).hidden.unsqueeze(0)
@@ -293,9 +244,12 @@ class Engine:
         if now is None:
             return None
         hidden, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-        tokens = now.end_layer(hidden, also_after_attention=also_after_attention)
+        if now.over and now.tokens is not None:
+            tokens = now.tokens  # this layer was skipped
+        else:
+            now.beside, tokens = rest, now.end_layer(hidden, also_after_attention=also_after_attention)
         if now.layer == self.entrance.calls:
-            answers.note(now.policy, tokens)
+            now.end()
         if now.layer < self.entrance.calls:
             hidden = tokens.hidden.unsqueeze(0)
         elif self.entrance.tail is not None:
@@ -322,6 +276,20 @@ def _run(engine: Engine, *args: Any, **kwargs: Any) -> Any:
         return type(base).forward(base, *args, **kwargs)
     finally:
         _current.reset(token)
+
+
+def _layer(layer: nn.Module, opened: OpenedLayer | None, *args: Any, **kwargs: Any) -> Any:
+    """A layer's forward, which has nothing to do once every row has left, and less where tokens are frozen."""
+    now = _current.get()
+    if now is None or not (now.over or now.asking):
+        return type(layer).forward(layer, *args, **kwargs)
+    hidden = args[0] if args else kwargs["hidden_states"]
+    if not now.over:
+        assert opened is not None
+        assert now.tokens is not None
+        assert now.asking is not None
+        hidden = run_layer(opened, hidden, now.tokens.layout, now.asking)
+    return hidden if now.beside is None else (hidden, *now.beside)
 
 
 def _linear(fast: FastLinear, x: Tensor) -> Tensor:

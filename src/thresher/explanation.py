@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from thresher.attribution import Method, saliency
 from thresher.errors import OptionError
 from thresher.model import attachment_of, evaluating, find_encoder
 from thresher.policy import tracing
@@ -28,6 +30,7 @@ def explain(
     max_length: int | None = None,
     *,
     threshold: float | None = None,
+    salient: Method | None = None,
 ) -> list[TokenMap]:
     """What an attached model read of each text, with its answer as the note; an answer that is a piece of the text is marked.
 
@@ -35,13 +38,14 @@ def explain(
     texts: single texts, or pairs as tuples. tokenizer: the model's own, a fast one, since surface text needs offsets.
     max_length: tokens read at most; None for what the tokenizer says the model reads, but at most 512.
     threshold: of a span model, by how much "no answer" must score above the best answer to be given; None: never.
+    salient: how to measure what each token matters for the answer, see `thresher.saliency`; None: not at all.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise OptionError("Token maps need a fast tokenizer (a tokenizer.json beside the model), which knows offsets.")
     encoder = find_encoder(model)
     layers = attachment_of(model).engine.entrance.calls
     limit = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH) if max_length is None else max_length
-    maps = []
+    maps, read = [], []
     with evaluating(model), torch.inference_mode():
         for text in texts:
             sides = [text] if isinstance(text, str) else list(text)
@@ -52,13 +56,17 @@ def explain(
             sequence_ids = encoded.sequence_ids(0)
             names = tokenizer.convert_ids_to_tokens(encoded["input_ids"][0].tolist())
             pieces = surface_tokens(sides, offsets, names, sequence_ids)
+            read.append({name: value[0].tolist() for name, value in encoded.items()})
             with tracing(record=True) as traces:
                 outputs = encoder(**encoded.to(encoder.device))
             dropped = [layer or None for layer in traces[-1].dropped_at()[0].tolist()]
             note = answer(outputs, encoder.config, pieces, sequence_ids, threshold)
             place = _span(outputs, sequence_ids, threshold) if "start_logits" in outputs else None
             maps.append(TokenMap(_title(sides), tuple(pieces), tuple(dropped), layers, note, place))
-    return maps
+    if salient is None or not maps:
+        return maps
+    scores = saliency(model, dict(tokenizer.pad(read, return_tensors="pt")), salient)
+    return [dataclasses.replace(one, saliency=tuple(score.tolist())) for one, score in zip(maps, scores, strict=True)]
 
 
 def _title(sides: list[str]) -> str:

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 
 from thresher import checkpoint
 from thresher.backbones import enter
+from thresher.backbones.heads import remove_noted_heads
 from thresher.engine import Engine, keep_everything, stock
-from thresher.errors import OptionError, ThresherError, UnsupportedModelError
+from thresher.errors import OptionError, ThresherError, UnsupportedModelError, nearest
+from thresher.exits import Exit, ExitConfig, TokEEExit, build_exit, exit_class
 from thresher.frontier import configured, frontier_of
 from thresher.linears import check_int8
 from thresher.methods import build, config_class
@@ -32,6 +34,7 @@ class Attachment:
     policy: Policy[Any] | None
     outer: str
     notes: dict[str, Any] = field(default_factory=dict)
+    exit: Exit[Any] | None = None
 
 
 def find_encoder(model: Any) -> PreTrainedModel:
@@ -48,34 +51,51 @@ def find_encoder(model: Any) -> PreTrainedModel:
 
 
 def attach(
-    model: ModelT, policy: PolicyConfig | str | None = None, *, quantize: Literal["int8"] | None = None
+    model: ModelT,
+    policy: PolicyConfig | str | None = None,
+    *,
+    exit: ExitConfig | str | None = None,
+    quantize: Literal["int8"] | None = None,
 ) -> ModelT:
-    """Make `model` run packed and, with a policy, read less. In place; the same object comes back.
+    """Make `model` run packed and, with a policy, read less; with an exit, let rows leave early. In place; the same object
+    comes back.
 
     model: a Hugging Face encoder with or without a head, a SentenceTransformer or a CrossEncoder.
-    policy: a method's configuration, e.g. AttentionMass(retention=(.8, .6, .45, .3, .2, .1)), or a method's name for
-    its
-        defaults. None: packed, nothing dropped. Attaching again replaces the policy.
+    policy: a method's configuration, e.g. AttentionMass(retention=(.8, .6, .45, .3, .2, .1)), or a method's name for its
+        defaults. None: packed, nothing dropped. Attaching again replaces the policy and the exit.
+    exit: an exit's configuration, e.g. FastBERT(threshold=.3), or its name. Its branches know nothing before they are trained
+        (`fit` with the same exit). Works with every policy (TokEE with none), for classes, values, spans and tags.
     quantize: "int8" to compute the layers' linear layers in int8 (see `thresher.quantize`).
-    Raises UnsupportedModelError for a family that cannot be entered, OptionError for a policy that does not fit the
+    Raises UnsupportedModelError for a family that cannot be entered, OptionError for a policy or an exit that does not fit the
     model.
     """
     encoder = find_encoder(model)
+    remove_noted_heads(encoder)
     entrance = enter(encoder)
     if isinstance(policy, str):
         policy = config_class(policy)()
     built = None if policy is None else build(policy, entrance.geometry)
+    if isinstance(exit, str):
+        exit = exit_class(exit)()
+    leaving = None if exit is None else build_exit(exit, entrance.geometry, encoder)
+    if isinstance(leaving, TokEEExit) and built is not None:
+        raise OptionError(
+            f"The exit {leaving.config.method!r} freezes tokens and goes without a method that drops them; leave the method "
+            'out, or take the exit "sentee".'
+        )
     if is_attached(encoder):
         detach(encoder)
     if built is not None:
         built.to(encoder.device)
+    if leaving is not None:
+        leaving.to(encoder.device)
     if quantize not in (None, "int8"):
         raise OptionError(f'quantize is "int8" or None, not {quantize!r}.')
     if quantize:
         check_int8()
-    engine = Engine(encoder, entrance, built, quantize or "float32")
+    engine = Engine(encoder, entrance, built, leaving, quantize or "float32")
     engine.install()
-    encoder.thresher_attachment = Attachment(engine, built, type(model).__name__)  # type: ignore[assignment]
+    encoder.thresher_attachment = Attachment(engine, built, type(model).__name__, exit=leaving)  # type: ignore[assignment]
     encoder.save_pretrained = partial(_save_pretrained, encoder)  # type: ignore[method-assign]
     return model
 
@@ -127,6 +147,31 @@ def policy_of(model: Any) -> Policy[Any]:
     return policy
 
 
+def exit_of(model: Any) -> Exit[Any]:
+    """The exit on a model: its branches, configuration and `mode`. Raises OptionError when there is none."""
+    found = attachment_of(model).exit
+    if found is None:
+        raise OptionError("The model has no exit; call thresher.attach with exit=, or thresher.fit, which trains it.")
+    return found
+
+
+def set_exit(model: Any, **settings: float) -> None:
+    """Choose when rows leave without training again: `threshold`, `patience` or `tolerance`, as the exit has it, `strength`.
+
+    set_exit(model, threshold=.3). A value given is the value used: strength is 1 again, unless it is given too. For the passes
+    that start from now on; `save` keeps it.
+    Raises OptionError for a setting that this exit does not take at run time, or a value out of range.
+    """
+    attachment, old = attachment_of(model), exit_of(model)
+    known = type(old.config).at_run_time
+    if not settings:
+        raise OptionError(f"Give set_exit something to set: {', '.join(known)}.")
+    for name in settings:
+        if name not in known:
+            raise OptionError(f"The exit {old.config.method!r} cannot be set to another {name!r}{nearest(name, known)}")
+    attachment.exit = attachment.engine.exit = old.configured(old.config.replace(**{"strength": 1.0, **settings}))
+
+
 def set_config(model: Any, config: PolicyConfig) -> None:
     """Change the settings of the attached policy; what it has learned stays.
 
@@ -164,6 +209,7 @@ def _save_pretrained(encoder: PreTrainedModel, save_directory: Any, **options: A
         attachment.outer,
         attachment.notes,
         attachment.engine.precision,
+        attachment.exit,
     )
 
 
@@ -185,13 +231,15 @@ def load(directory: Any, *, device: str | torch.device | None = None, speedup: f
     saved = checkpoint.read(directory)
     model = saved.load_plain(device)
     try:
-        attach(model, saved.config, quantize="int8" if saved.precision == "int8" else None)
+        attach(model, saved.config, exit=saved.exit, quantize="int8" if saved.precision == "int8" else None)
     except OptionError as error:
         raise checkpoint.mismatch(directory, error) from error
     attachment = attachment_of(model)
     attachment.notes.update(saved.notes)
     if attachment.policy is not None:
         saved.load_policy(attachment.policy)
+    if attachment.exit is not None:
+        saved.load_exit(attachment.exit)
     if speedup is not None:
         set_speedup(model, speedup)
     return model

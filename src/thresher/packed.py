@@ -34,6 +34,8 @@ class Layout:
     protected: [T] bool, tokens that no policy may drop.
     original: [B] int64, tokens each row had when it was packed.
     width: N, columns of the padded input.
+    numbers: [B] int64, the row of the padded input that each row is, rising; None: they are all there.
+    whole: rows of the padded input, where some have left.
     """
 
     lengths: Tensor
@@ -42,12 +44,19 @@ class Layout:
     protected: Tensor
     original: Tensor
     width: int
+    numbers: Tensor | None = None
+    whole: int = 0
 
     @property
     def single(self) -> bool:
         """Whether there is one row: then its tokens are the batch, and nothing has to be told apart. Also the case that is
         exported, which must not branch on data."""
         return len(self.lengths) == 1
+
+    @property
+    def height(self) -> int:
+        """Rows of the padded input, those that left included."""
+        return len(self.lengths) if self.numbers is None else self.whole
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -67,6 +76,8 @@ class Layout:
     @cached_property
     def flat(self) -> Tensor:
         """[T] int64, index of each token in the padded input flattened to B * N."""
+        if self.numbers is not None:
+            return self.spread(self.numbers) * self.width + self.positions
         if self.single:
             return self.positions
         return self.rows * self.width + self.positions
@@ -108,6 +119,21 @@ class Layout:
             return values.amax(0, keepdim=True)
         return values.new_zeros(len(self.lengths)).scatter_reduce(0, self.rows, values, "amax", include_self=False)
 
+    def staying(self, rows: Tensor, index: Tensor, sizes: list[int]) -> Layout:
+        """The layout of the rows that stay. rows: [K] int64; index: their tokens; sizes: their lengths."""
+        lengths = self.lengths[rows]
+        layout = replace(
+            self,
+            lengths=lengths,
+            original=lengths if self.original is self.lengths else self.original[rows],
+            positions=self.positions[index],
+            segments=self.segments[index],
+            protected=self.protected[index],
+            numbers=rows if self.numbers is None else self.numbers[rows],
+            whole=self.height,
+        )
+        return layout.knowing(sizes)
+
     def select(self, index: Tensor, lengths: Tensor | None = None) -> Layout:
         """The layout of the tokens at `index` ([K] int64, rising). lengths: [B], how many they are, if that is known."""
         if lengths is None:
@@ -144,6 +170,7 @@ class PackedTokens:
     alive: [T] bool or None. None means that a drop is physical. A tensor means that drops are simulated: the
         token stays in place, invisible as a key and ignored as a query (the path that gradients and tests compare).
     departed: states of dropped tokens with their flat index, when `carry` asks for them at the end.
+    frozen: [T] bool or None, tokens that are still attended to and change no more.
     """
 
     hidden: Tensor
@@ -152,6 +179,7 @@ class PackedTokens:
     alive: Tensor | None = None
     carry: bool = False
     departed: tuple[tuple[Tensor, Tensor], ...] = ()
+    frozen: Tensor | None = None
 
     @classmethod
     def pack(
@@ -249,7 +277,24 @@ class PackedTokens:
             hidden=self.hidden[index],
             layout=layout,
             log_weight=None if self.log_weight is None else self.log_weight[index],
+            frozen=None if self.frozen is None else self.frozen[index],
             departed=departed,
+        )
+
+    def without(self, left: Tensor, gone: list[bool]) -> PackedTokens:
+        """The tokens of the rows that stay: those that leave take theirs along, and are nothing at the end.
+
+        left: [B] bool, the rows that leave; gone: the same on the host. At least one stays.
+        """
+        sizes = [size for size, leaves in zip(self.layout.sizes, gone, strict=True) if not leaves]
+        rows = _places(~left, len(sizes))
+        index = _places(self.layout.spread(~left), sum(sizes))
+        return replace(
+            self,
+            hidden=self.hidden[index],
+            layout=self.layout.staying(rows, index, sizes),
+            log_weight=None if self.log_weight is None else self.log_weight[index],
+            frozen=None if self.frozen is None else self.frozen[index],
         )
 
     def _silence(self, mask: Tensor) -> PackedTokens:
@@ -273,9 +318,12 @@ class PackedTokens:
             flat = torch.cat([flat, *(f for _, f in self.departed)])
             order = flat.argsort()
             hidden, flat = hidden[order], flat[order]
-        single = self.layout.single
+        single, numbers = self.layout.single and self.layout.numbers is None, self.layout.numbers
         if single:
             lengths = _count(flat)
+        elif self.departed and numbers is not None:  # some were dropped from rows that have left since
+            numbers, lengths = None, flat.new_zeros(self.layout.height)
+            lengths = lengths.index_add(0, flat // self.layout.width, torch.ones_like(flat))
         elif self.departed:
             lengths = self.layout.original  # whoever carries carries every dropped token
         elif self.alive is None:
@@ -288,6 +336,7 @@ class PackedTokens:
             positions=flat if single else flat % self.layout.width,
             segments=torch.zeros_like(flat),
             protected=torch.ones_like(flat, dtype=torch.bool),
+            numbers=numbers,
         )
         return PackedTokens(hidden, layout)
 
@@ -295,17 +344,20 @@ class PackedTokens:
         """Unpack to [B, N, D].
 
         fill: what a dropped position holds. "carry" its own last state, "mean" the mean of its row's kept tokens (so
-        that a mean-pooling head averages the kept tokens only), "zero" nothing. Padding is zero.
+        that a mean-pooling head averages the kept tokens only), "zero" nothing. Padding is zero, as is a row that left.
         mask: [B, N], the real tokens; None when there is no padding.
         """
         tokens = self.gather()
-        layout, batch = tokens.layout, len(tokens.layout.lengths)
+        layout, batch = tokens.layout, tokens.layout.height
         size = tokens.hidden.shape[-1]
         tracing = being_exported()  # a graph has one path: the longest
         if len(layout.positions) == batch * layout.width and not tracing:
             return tokens.hidden.view(batch, layout.width, size)
         if fill == "mean" and (tracing or _shorter(layout)):
-            out = _row_means(tokens).unsqueeze(1).expand(batch, layout.width, size)
+            means = _row_means(tokens)
+            if layout.numbers is not None:
+                means = means.new_zeros(batch, size).index_copy(0, layout.numbers, means)
+            out = means.unsqueeze(1).expand(batch, layout.width, size)
             if mask is not None:
                 out = out * mask.unsqueeze(2).to(out.dtype)
             out = out.reshape(-1, size)

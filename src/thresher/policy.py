@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from thresher.attention import NOTHING, Evidence, Wanted
 from thresher.backbones.general import Geometry as Geometry
 from thresher.errors import OptionError, nearest
+from thresher.evidence import NOTHING, Evidence, Wanted
 from thresher.packed import PackedTokens
 
 Mode = Literal["off", "soft", "hard"]
@@ -48,6 +48,9 @@ class PolicyConfig:
     # When a fit searches retention configurations: before the stages, which then train under them, or on the trained model.
     searches: ClassVar[Literal["", "before", "after"]] = ""
     point: ClassVar[Point] = Point.AFTER_ATTENTION  # where tokens drop
+    # The rows it is for: "pairs" have two segments, "answers" say where in them the answer lies (or the evidence for it).
+    serves: ClassVar[Literal["any", "pairs", "answers"]] = "any"
+    control: ClassVar[bool] = False  # what every method has to beat: it chooses blindly, and is compared untrained
 
     protect_segments: tuple[int, ...] = ()
     protect_ids: tuple[int, ...] = ()
@@ -80,9 +83,14 @@ class Trace:
     """What happened in one forward pass. Made for the pass, never stored in the model.
 
     reads: for each layer, the tokens of each row that its attention read and that its feed-forward read.
+    asking: for each layer, the tokens of each row that attended, where an exit freezes some; empty: all that are in `reads`.
+    frozen: (layer, flat index of the tokens that froze after it), kept when `record` is set.
     dropped: (layer, flat index of the tokens dropped there), kept when `record` is set.
     auxiliary: per-layer tensors that a method's loss needs, by name.
     kept: positions left after each layer, kept while a graph is traced.
+    exited_at: for each row, the layer after which it left early; the number of layers where the answer is the head's own.
+    asked: for each layer with an exit's branch, the tokens of each row that it read.
+    branches: what each branch said, [B, C], [B, N, 2] or [B, N, C], kept while an exit is trained.
     """
 
     record: bool = False
@@ -92,16 +100,28 @@ class Trace:
     auxiliary: dict[str, list[Tensor]] = field(default_factory=dict)
     original: list[int] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)
+    exited_at: list[int] = field(default_factory=list)
+    asked: list[list[int]] = field(default_factory=list)
+    branches: list[Tensor] = field(default_factory=list)
+    asking: list[list[int]] = field(default_factory=list)
+    frozen: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def add(self, name: str, value: Tensor) -> None:
         self.auxiliary.setdefault(name, []).append(value)
 
     def dropped_at(self) -> Tensor:
         """[B, N] int64: the layer at which each token was dropped, 0 = kept to the end, -1 = padding. Needs `record`."""
+        return self._layers_of(self.dropped)
+
+    def frozen_at(self) -> Tensor:
+        """[B, N] int64: the layer after which each token froze, 0 = never, -1 = padding. Needs `record`."""
+        return self._layers_of(self.frozen)
+
+    def _layers_of(self, events: list[tuple[int, Tensor]]) -> Tensor:
         if not self.record or self.mask is None:
-            raise OptionError("This trace did not record which tokens were dropped; use tracing(record=True).")
+            raise OptionError("This trace did not record what became of which token; use tracing(record=True).")
         out = torch.zeros_like(self.mask, dtype=torch.int64).masked_fill(~self.mask.bool(), -1)
-        for layer, flat in self.dropped:
+        for layer, flat in events:
             out.view(-1)[flat] = layer
         return out
 
@@ -189,6 +209,9 @@ class Stage:
     mode: how the policy acts: "off" (plain model), "soft" (differentiable), "hard" (tokens really drop).
     epochs, learning_rate, batch_size, warmup (share of the steps), weight_decay: as in transformers.
     policy_learning_rate: for the policy's own parameters; None leaves them fixed.
+    exit_learning_rate: for the exit's branches, which all speak in such a stage while nobody leaves; with learning_rate=0 they
+    alone learn, and nothing goes back through the model. None: the stage runs without the exit.
+    exit_samples: whether tokens freeze during such a stage, where the exit freezes any.
     label_weight, distil_weight: weights of the task's loss and of what the stock model says (KL on logits, cosine on
     embeddings).
     dropout: whether the model's own dropout is on; learning from the stock model goes better without.
@@ -200,6 +223,8 @@ class Stage:
     epochs: float = 1.0
     learning_rate: float = 5e-5
     policy_learning_rate: float | None = None
+    exit_learning_rate: float | None = None
+    exit_samples: bool = False
     batch_size: int = 16
     warmup: float = 0.06
     weight_decay: float = 0.01
@@ -214,6 +239,7 @@ class Stage:
             "batch_size": self.batch_size >= 1,
             "learning_rate": self.learning_rate >= 0,
             "policy_learning_rate": self.policy_learning_rate is None or self.policy_learning_rate >= 0,
+            "exit_learning_rate": self.exit_learning_rate is None or self.exit_learning_rate >= 0,
             "warmup": 0 <= self.warmup <= 1,
             "weight_decay": self.weight_decay >= 0,
             "label_weight": self.label_weight >= 0,
@@ -235,10 +261,14 @@ class Policy(nn.Module, Generic[ConfigT]):
 
     dropped_may_answer: whether a question-answering head may point at a dropped token, whose last state it then reads.
     grain: tokens of a block where the method's own work is a polynomial in whole blocks.
+    learns_saliency: whether training reads the saliency of the rows' tokens, which a fit asks of the model it starts from.
+    with_the_model: beginnings of the names of parameters that learn at the model's rate and decay, not at the policy's.
     """
 
     dropped_may_answer: ClassVar[bool] = True
     grain: int = 1
+    learns_saliency: ClassVar[bool] = False
+    with_the_model: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: ConfigT, geometry: Geometry) -> None:
         super().__init__()
@@ -269,6 +299,27 @@ class Policy(nn.Module, Generic[ConfigT]):
         """
         return None
 
+    def total_loss(self, task: Tensor, trace: Trace, batch: Batch) -> Tensor:
+        """What one pass of a training step minimises, `task` being what the stage asks of the model's answers.
+
+        By default the sum of that and the auxiliary loss, for every parameter. A method whose parameters have losses of their
+        own says here which gradient goes where.
+        """
+        auxiliary = self.auxiliary_loss(trace, batch)
+        return task if auxiliary is None else task + auxiliary
+
+    @property
+    def reads_row_losses(self) -> bool:
+        """Whether a training step now ends with `step_loss`."""
+        return False
+
+    def step_loss(self, traces: Sequence[Trace], losses: Sequence[Tensor], batch: Batch) -> Tensor | None:
+        """What all passes of a training step add together, beside what each adds by itself.
+
+        traces: of each pass. losses: of each pass [B], the task's loss of every row by itself.
+        """
+        return None
+
     def stages(self) -> tuple[Stage, ...]:
         """How the method is trained from a fine-tuned model: by default the model learns from its stock self."""
         return (Stage(name="distil", mode="hard", label_weight=0.0, distil_weight=1.0, dropout=False),)
@@ -279,6 +330,12 @@ class Policy(nn.Module, Generic[ConfigT]):
         if stage.configurations:
             reads = Retained(stage.configurations[int(torch.randint(len(stage.configurations), ()))])
         return (Draw(reads, stage.label_weight, stage.distil_weight),)
+
+    def check(self, stage: Stage) -> None:
+        """Raises OptionError when the method cannot be trained by this stage."""
+
+    def before_epoch(self, epoch: int, epochs: int) -> None:
+        """Called before every epoch of a stage, counted from 0; epochs: how many there will be."""
 
     def after_step(self) -> None:
         """Called after every step of the optimizer, to keep parameters inside their bounds."""

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import TrainerCallback
 
+import thresher
 from pairs.scoring import FAMILIES, KINDS, mean_rank, scorer, toy
 from thresher.errors import DataError, OptionError
 from thresher.pairs import PairLearner, PairLoss, train
@@ -61,6 +62,19 @@ def test_it_learns_which_response_repeats_a_word(kind: str, tmp_path: Path) -> N
     after = mean_rank(made, rows), float(step(made, rows, PairLoss(negatives=0)).detach())
     assert after[1] < 0.8 * before[1] and after[0] > before[0] + 0.1, (before, after)
     assert not made.training
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scorer_that_reads_less_learns(kind: str, tmp_path: Path) -> None:
+    """The policy acts as it is set while the scorer around it is trained, and is still there afterwards."""
+    made, rows = scorer(kind, depth=2, **({"layers": (-1,)} if kind == "mixencoder" else {})), toy(12, low=40)
+    thresher.attach(made, thresher.AttentionMass(retention=(0.8, 0.7)))
+    before = float(step(made, rows, PairLoss(negatives=0)).detach())
+    with thresher.keep_everything():
+        assert float(step(made, rows, PairLoss(negatives=0)).detach()) != before
+    train(made, rows, tmp_path, loss=PairLoss(negatives=0), epochs=6, batch_size=6, learning_rate=2e-3, **QUIET)
+    assert float(step(made, rows, PairLoss(negatives=0)).detach()) < before
+    assert thresher.policy_of(made).config == thresher.AttentionMass(retention=(0.8, 0.7))
 
 
 def test_in_batch_negatives_written_out() -> None:

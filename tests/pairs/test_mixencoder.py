@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -26,6 +27,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cosine": {"k": 2, "layers": (-2, -1), "similarity": "cosine"},
     "previous": {"k": 2, "layers": (-3, -1), "residual": "previous"},
     "classes": {"k": 2, "layers": (-1,), "classes": 3},
+    "M-strategy": {"k": 2, "layers": (-2, -1), "strategy": "M"},
+    "started-as-dual": {"k": 2, "layers": (-3, -1), "strategy": "M", "start": "dual", "similarity": "cosine"},
+    "dual-without-h": {"k": 1, "layers": (-1,), "start": "dual", "use_h": False},
+    "dual-without-e": {"k": 1, "layers": (-1,), "start": "dual", "use_e": False},
 }
 
 
@@ -84,7 +89,12 @@ def naive(made: MixEncoder, query: list[int], candidate: list[int]) -> Tensor:
         x = embedded(encoder, [CLS, *candidate, SEP])
         for layer in layers:
             x = run_layer(layer, x)
-        e = torch.stack([torch.softmax(x @ code, 0) @ x for code in made.context])
+        if config.strategy == "C":
+            e = torch.stack([torch.softmax(x @ code, 0) @ x for code in made.context])
+        else:
+            bounds = [math.floor(i * len(x) / config.k) for i in range(config.k + 1)]
+            e = torch.stack([x[a:b].mean(0) for a, b in pairwise(bounds)])
+    kept = e.mean(0)
     # The query, alone; at the interaction layers the candidate looks at what enters them.
     x = embedded(encoder, [CLS, *query, SEP])
     h = torch.zeros(32)
@@ -95,7 +105,12 @@ def naive(made: MixEncoder, query: list[int], candidate: list[int]) -> Tensor:
             e, h = interact(interaction, layer, config, x, e, h)
         x = run_layer(layer, x)
     c = e.mean(0)
-    h = h if config.use_h else x[0]
+    if config.start == "dual":
+        a, b = made.share
+        h = x.mean(0) + a * h if config.use_h else x.mean(0)
+        c = kept + b * c if config.use_e else kept
+    elif not config.use_h:
+        h = x[0]
     if config.classes:
         return made.head.mlp(torch.cat([h, c, (h - c).abs()]))
     return F.cosine_similarity(h, c, dim=0) if config.similarity == "cosine" else h @ c
@@ -133,7 +148,8 @@ def interact(interaction: Any, layer: Any, config: Any, x: Tensor, e: Tensor, h:
 @torch.no_grad()
 def test_against_the_equations(variant: str, family: str) -> None:
     made = scorer("mixencoder", family, **VARIANTS[variant])
-    for parameter in (*made.interactions.parameters(), made.context):  # not only where they begin
+    others = [x for x in (made.context, made.share) if x is not None]
+    for parameter in (*made.interactions.parameters(), *others):  # not only where they begin
         parameter.add_(0.2 * torch.randn_like(parameter))
     candidates = [[30, 31], [40], [20, 41, 42, 43, 44, 45], [50, 51, 52]]
     cache = made.encode_candidates(candidates)
@@ -159,6 +175,21 @@ def test_interaction_weights_begin_as_the_layers_own() -> None:
     assert torch.equal(made.context[0], made.encoder.get_input_embeddings().weight[CLS])
     dual = scorer("dual")  # with k = 1 in [CLS]'s place a candidate begins as the dual-encoder's
     torch.testing.assert_close(made.encode_candidates(TEXTS).data, dual.encode_candidates(TEXTS).data)
+
+
+def test_without_its_share_it_is_a_dual_encoder() -> None:
+    made = scorer("mixencoder", k=1, strategy="M", start="dual", similarity="cosine")
+    assert made.context is None and made.share.tolist() == pytest.approx([0.1, 0.1])
+    with torch.no_grad():
+        made.share.zero_()
+    dual = scorer("dual", pooling="mean", similarity="cosine")
+    expected = dual.score(QUERY, dual.encode_candidates(TEXTS))
+    torch.testing.assert_close(made.score(QUERY, made.encode_candidates(TEXTS)), expected)
+
+
+def test_a_text_of_fewer_states_than_pieces() -> None:
+    made = scorer("mixencoder", k=5, strategy="M")
+    assert made.encode_candidates(["", "w9"]).lengths.tolist() == [5, 5]
 
 
 def test_a_candidate_s_score_does_not_depend_on_the_others() -> None:

@@ -134,11 +134,11 @@ def test_a_policy_reduces_queries_and_never_what_is_cached(kind: str, family: st
         close(made.score(QUERY, cache), plain)
 
 
-@pytest.mark.parametrize("policy", ["ase", "ltp", "attention-mass"])
-@pytest.mark.parametrize("kind", ["mixencoder", "cross", "colbert"])
+@pytest.mark.parametrize("policy", ["ase", "ltp", "attention-mass", "transkimmer"])
+@every_kind
 def test_every_policy_composes(kind: str, policy: str) -> None:
     made = scorer(kind)
-    thresher.attach(made.encoder, policy)
+    assert thresher.attach(made, policy) is made
     scores = made.score(QUERY, made.encode_candidates(TEXTS))
     assert scores.isfinite().all()
     with thresher.simulated_drops():

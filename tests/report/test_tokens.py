@@ -83,6 +83,7 @@ def test_terminal_dims_what_went_early(token_map: TokenMap) -> None:
 def test_legend_names_every_layer() -> None:
     assert legend(3).plain.split() == ["kept", "to", "the", "end", "dropped", "at", "layer", "1", "2", "3"]
     assert legend(1).plain.endswith(" 1")
+    assert legend(3, answer=True).plain.removeprefix(legend(3).plain).strip() == "the answer"
 
 
 def test_terminal_obeys_nothing_in_a_token() -> None:

@@ -287,6 +287,25 @@ def test_many_bad_rows_are_counted_and_the_first_named() -> None:
         questions(table([{**ROWS[0], "context": ""}]), skip_bad=True)
 
 
+def test_who_wants_to_know_of_each_bad_row_is_told_and_nothing_is_warned_of(tmp_path: Path) -> None:
+    rows = [ROWS[0], {**ROWS[1], "context": ""}, {"question": "?", "answers": None}]
+    told: list[tuple[str, str]] = []
+    file = put(tmp_path / "a.jsonl", lines(rows))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = load_questions(file, skip_bad=True, on_bad=lambda name, error: told.append((name, error)))
+        assert found["id"][:] == ["m1"]
+        assert [name for name, _ in told] == ["m2", "line 3"]
+        assert "empty context" in told[0][1]
+        told.clear()
+        columns = table([*ROWS[:1], {**ROWS[1], "context": ""}])
+        assert len(questions(columns, skip_bad=True, on_bad=lambda name, error: told.append((name, error)))) == 1
+    assert [name for name, _ in told] == ["m2"]
+    with pytest.raises(DataError, match="'m2'"):
+        load_questions(file, on_bad=lambda name, error: told.append((name, error)))
+    assert len(told) == 1
+
+
 def test_an_id_stands_once() -> None:
     rows = table([ROWS[0], {**ROWS[1], "id": "m1"}])
     with pytest.raises(DataError, match="Row 2: the question 'm1' has the id of an earlier question"):

@@ -17,13 +17,22 @@ READS_EVERY_TOKEN = ("ForQuestionAnswering", "ForTokenClassification", "ForMaske
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes of an encoder that policies and the FLOPs count need. Layers are counted 1..layers."""
+    """The sizes of an encoder that policies and the FLOPs count need. Layers are counted 1..layers.
+
+    head: the width of a head; None: hidden / heads, as it is unless heads were removed.
+    """
 
     layers: int
     hidden: int
     heads: int
     intermediate: int
     gated: bool = False
+    head: int | None = None
+
+    @property
+    def attention(self) -> int:
+        """The width of queries, keys and values, all heads together."""
+        return self.hidden if self.head is None else self.heads * self.head
 
 
 @dataclass(frozen=True)
@@ -107,13 +116,22 @@ def post_norm_midpoint(layer: nn.Module) -> nn.Module | None:
 def geometry(model: PreTrainedModel, *, gated: bool = False) -> Geometry:
     config = model.config
     intermediate = getattr(config, "intermediate_size", None) or config.hidden_dim
+    removed = (removed_heads(config) or [[]])[0]  # as many in every layer
+    heads = config.num_attention_heads
     return Geometry(
         layers=config.num_hidden_layers * getattr(config, "inner_group_num", 1),
         hidden=config.hidden_size,
-        heads=config.num_attention_heads,
+        heads=heads - len(removed),
         intermediate=intermediate,
         gated=gated,
+        head=config.hidden_size // heads if removed else None,
     )
+
+
+def removed_heads(config: Any) -> list[list[int]]:
+    """For each layer the heads that `backbones.heads.remove_heads` took, by their numbers in the whole model; empty where it
+    took none."""
+    return getattr(config, "removed_heads", None) or []
 
 
 def head_fill(model: PreTrainedModel) -> Fill:

@@ -16,10 +16,11 @@ from thresher.report.console import table
 
 @command
 def methods(as_json: Json = False) -> Result:
-    """List the methods with their settings and defaults.
+    """List the methods and the early exits with their settings and defaults.
 
     [bold]thresher methods[/]
     """
+    from thresher.exits import EXIT_CONFIGS
     from thresher.methods import CONFIGS
 
     found = [_described(config) for _, config in sorted(CONFIGS.items())]
@@ -34,8 +35,19 @@ def methods(as_json: Json = False) -> Result:
         for one in found
     ]
     shared = ", ".join(f"{name}={_value(value)}" for name, value in _shared().items())
+    exits = [_exit_described(config) for _, config in sorted(EXIT_CONFIGS.items())]
+    exit_rows = [
+        (
+            one["name"],
+            one["what"],
+            ", ".join(one["serves"]),
+            "labels" if one["needs_labels"] else "the model",
+            " ".join(f"{name}={_value(value)}" for name, value in one["settings"].items()),
+        )
+        for one in exits
+    ]
     return Result(
-        {"methods": found, "shared_settings": _shared()},
+        {"methods": found, "shared_settings": _shared(), "exits": exits},
         [
             table(
                 "Methods",
@@ -43,7 +55,13 @@ def methods(as_json: Json = False) -> Result:
                 rows,
                 f"Every method also takes {shared}; one that needs no training gets better with it. Those that export can be "
                 "written as a graph with thresher export.",
-            )
+            ),
+            table(
+                "Early exits",
+                ("name", "what it does", "serves", "learns from", "settings (--set-exit)"),
+                exit_rows,
+                "Every exit also takes strength=1.0, goes with every method or alone (thresher fit --exit), and is trained.",
+            ),
         ],
     )
 
@@ -113,6 +131,16 @@ def _described(config: Any) -> dict[str, Any]:
         "stages": [stage.name for stage in policy.stages()],
         "exports": config.exports,
         "settings": {f.name: f.default for f in dataclasses.fields(config) if f.name not in shared},
+    }
+
+
+def _exit_described(config: Any) -> dict[str, Any]:
+    return {
+        "name": config.method,
+        "what": _first_sentence(config.__doc__ or ""),
+        "serves": list(config.serves),
+        "needs_labels": config.labelled,
+        "settings": {f.name: f.default for f in dataclasses.fields(config) if f.name != "strength"},
     }
 
 

@@ -15,12 +15,15 @@ from thresher.cli.options import (
     OUTPUT,
     AnsweringDirectory,
     AtSpeedup,
+    AtThreshold,
     Column,
     DataSource,
     Device,
     Json,
     MaxLength,
     Seed,
+    SkipBad,
+    Windows,
     Workers,
     assignments,
 )
@@ -45,6 +48,7 @@ def bench(
     directory: AnsweringDirectory,
     data: DataSource,
     speedup: AtSpeedup = None,
+    tau: AtThreshold = None,
     batch_size: Annotated[
         str | None,
         typer.Option(
@@ -68,10 +72,12 @@ def bench(
     ] = None,
     column: Column = None,
     max_length: MaxLength = None,
+    windows: Windows = None,
     limit: Annotated[
         int, typer.Option(min=1, help="Rows of DATA, drawn with --seed.", metavar="ROWS", rich_help_panel=DATA)
     ] = 128,
     seed: Seed = 0,
+    skip_bad: SkipBad = False,
     workers: Workers = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -86,10 +92,12 @@ def bench(
     columns = assignments(column, "--column")
 
     from thresher.cli.data import read_rows
-    from thresher.cli.graphs import OpenedGraph, open_to_answer
+    from thresher.cli.graphs import OpenedGraph, in_windows, open_to_answer
 
-    opened = open_to_answer(directory, device, batch_size=batch_size, workers=workers, speedup=speedup)
-    rows = read_rows(data, split="test", limit=limit, seed=seed, kind=opened.work.kind, labelled=False)
+    opened = open_to_answer(directory, device, batch_size=batch_size, workers=workers, speedup=speedup, tau=tau)
+    opened = in_windows(opened, windows)
+    kind = opened.work.kind
+    rows = read_rows(data, split="test", limit=limit, seed=seed, kind=kind, labelled=False, skip_bad=skip_bad)
     about = {"directory": directory, "data": data, "rows": len(rows), "rounds": rounds}
     if isinstance(opened, OpenedGraph):
         if profile:

@@ -22,7 +22,9 @@ from thresher.cli.options import (
     MethodSetting,
     ModelDirectory,
     Seed,
+    SkipBad,
     Speedup,
+    Windows,
     assignments,
     directory_to_write,
     method_config,
@@ -50,8 +52,10 @@ def calibrate(
     settings: MethodSetting = None,
     column: Column = None,
     max_length: MaxLength = None,
+    windows: Windows = None,
     limit: Limit = None,
     seed: Seed = 0,
+    skip_bad: SkipBad = False,
     out: Annotated[
         Path | None, typer.Option(help="Default: DIR itself.", metavar="DIR", rich_help_panel=OUTPUT)
     ] = None,
@@ -59,7 +63,7 @@ def calibrate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> Result:
-    """Set a method's strength, without training, so that a target holds on DATA.
+    """Set the strength of a method, or of the early exit beside it, without training, so that a target holds on DATA.
 
     [bold]thresher calibrate faster imdb:test --max-loss 0.01 --limit 1000[/]
     """
@@ -72,18 +76,19 @@ def calibrate(
     import thresher
     from thresher.calibration import calibrate as search
     from thresher.cli.data import read_rows
+    from thresher.cli.graphs import in_windows
     from thresher.cli.models import open_model
     from thresher.cli.work import Truth
     from thresher.measure.run import run, run_packed
     from thresher.model import attachment_of
 
-    opened = open_model(directory, place, plain_is_news=method is None)
+    opened = in_windows(open_model(directory, place, plain_is_news=method is None), windows)
     work = opened.text_work()
     if config is not None:
         if out is None:
             raise OptionError("--method attaches a policy that DIR was not saved with; give --out for the result.")
         thresher.attach(opened.model, opened.work.fitting(config, opened.tokenizer))
-    elif not opened.has_policy:
+    elif not opened.has_policy and attachment_of(opened.model).exit is None:
         raise OptionError(
             f"{directory} has no method to calibrate; give one that needs no training (--method attention-mass --out DIR), or "
             "run thresher fit."
@@ -91,17 +96,25 @@ def calibrate(
     target = out or Path(directory)
     directory_to_write(target)
     columns = assignments(column, "--column")
-    rows = read_rows(data, split="test", limit=limit, seed=seed, kind=opened.work.kind)
+    rows = read_rows(data, split="test", limit=limit, seed=seed, kind=opened.work.kind, skip_bad=skip_bad)
     work = work.settled(rows, columns)
     attachment_of(opened.model).notes["task"] = work.notes()
     encoded = opened.encode(rows, columns, max_length=max_length)
     truth = Truth.of(encoded)
     stock = run_packed(opened.model, encoded.rows, batch_size=batch_size).predictions
     quality = work.quality(truth, stock)
-    search(opened.model, encoded.rows, speedup=speedup, max_loss=max_loss, quality=quality, batch_size=batch_size)
+    found = search(
+        opened.model,
+        encoded.rows,
+        speedup=speedup,
+        max_loss=max_loss,
+        quality=quality,
+        batch_size=batch_size,
+        knob="policy" if attachment_of(opened.model).exit is None else "exit",
+    )
     after = run(opened.model, encoded.rows, batch_size=batch_size)
     opened.save(target)
-    strength = thresher.policy_of(opened.model).config.strength
+    strength = found.strength
     result = gains(work, truth, stock, after.predictions)
     return Result(
         {"directory": str(target), "strength": strength, "speedup": after.speedup, "rows": len(rows), **result},

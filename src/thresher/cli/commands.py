@@ -10,12 +10,14 @@ from thresher.cli import (
     about,
     benching,
     calibrating,
+    comparing,
     exporting,
     fitting,
     measuring,
     pairing,
     post_training,
     quantizing,
+    scorers,
     searching,
     using,
 )
@@ -28,7 +30,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-FASTER = (fitting.fit, calibrating.calibrate, searching.search, quantizing.quantize, post_training.post_train)
+FASTER = (
+    fitting.fit,
+    comparing.compare,
+    calibrating.calibrate,
+    searching.search,
+    quantizing.quantize,
+    post_training.post_train,
+    scorers.fit_scorer,
+)
 
 for panel, commands in (
     ("Make a model faster", FASTER),

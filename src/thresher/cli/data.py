@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import datasets
 import numpy as np
 
 from thresher.cli.screen import notice
-from thresher.errors import DataError
+from thresher.errors import DataError, OptionError
 from thresher.tasks import corpus
 from thresher.tasks.data import load_rows
 from thresher.tasks.dialogues import load_dialogues
-from thresher.tasks.questions import load_questions
+from thresher.tasks.questions import load_questions, questions
 
 HELD_OUT = 0.1
 
@@ -34,20 +35,50 @@ def read_rows(
     seed: int = 0,
     kind: str | None = None,
     labelled: bool = True,
+    skip_bad: bool = False,
 ) -> datasets.Dataset:
     """The rows of `spec`; a limit draws them with `seed`. split: for the built-in corpus, when `spec` names none. kind: the
     task, where that is known: dialogues and questions have file formats of their own, and dialogues labels unless not
-    `labelled`."""
+    `labelled`. skip_bad: leave out bad questions, each of them named in a notice, and their number in a last one.
+
+    Raises OptionError when `skip_bad` is asked of rows that are no questions about passages.
+    """
     name, named = source_and_split(spec)
     if name == corpus.NAME and named is None:
         named = split
         notice(f"{corpus.NAME} without a split: taking {named}")
     drawn = {"split": named, "limit": limit, "seed": None if limit is None else seed}
+    if skip_bad and kind not in (None, "qa"):
+        raise OptionError(f"--skip-bad is for questions about passages (qa); this is {kind}.")
     if kind == "response":
         return load_dialogues(name, **drawn, labelled=labelled)  # type: ignore[arg-type]
+    known = None if labelled else False
     if kind == "qa":
-        return load_questions(name, **drawn, labelled=None if labelled else False)  # type: ignore[arg-type]
-    return load_rows(name, **drawn)  # type: ignore[arg-type]
+        with _skipping() as on_bad:
+            return load_questions(name, **drawn, labelled=known, skip_bad=skip_bad, on_bad=on_bad)  # type: ignore[arg-type]
+    rows = load_rows(name, **drawn)  # type: ignore[arg-type]
+    if not skip_bad:
+        return rows
+    if not holds_questions(rows):
+        raise OptionError("--skip-bad is for questions about passages; say that these are such with --task qa.")
+    with _skipping() as on_bad:
+        return questions(rows, labelled=known, skip_bad=True, on_bad=on_bad)
+
+
+@contextlib.contextmanager
+def _skipping() -> Iterator[Callable[[str, str], None]]:
+    """What is called with the id of each question that is skipped and what is wrong with it; their number at the end."""
+    bad: list[str] = []
+
+    def tell(name: str, error: str) -> None:
+        bad.append(name)
+        notice(f"The question '{name}' {error}; it is skipped")
+
+    try:
+        yield tell
+    finally:
+        if bad:
+            notice(f"{len(bad):,} bad {'question was' if len(bad) == 1 else 'questions were'} skipped")
 
 
 def holds_dialogues(rows: datasets.Dataset) -> bool:
@@ -59,6 +90,12 @@ def holds_dialogues(rows: datasets.Dataset) -> bool:
 def holds_questions(rows: datasets.Dataset) -> bool:
     """Whether rows are questions with passages and answers to learn from."""
     return {"question", "context", "answers"} <= set(rows.column_names)
+
+
+def holds_tags(rows: datasets.Dataset) -> bool:
+    """Whether rows are words with their tags."""
+    there = set(rows.column_names)
+    return "tokens" in there and bool({"tags", "ner_tags"} & there)
 
 
 def hold_out(rows: datasets.Dataset, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:

@@ -18,6 +18,7 @@ from thresher.cli.options import (
     MaxLength,
     ModelDirectory,
     Seed,
+    SkipBad,
     assignments,
     directory_to_write,
 )
@@ -58,6 +59,7 @@ def export(
         int, typer.Option(min=1, help="Rows of DATA, drawn with --seed.", metavar="ROWS", rich_help_panel=DATA)
     ] = 64,
     seed: Seed = 0,
+    skip_bad: SkipBad = False,
     as_json: Json = False,
 ) -> Result:
     """Write a model as one graph that drops inside itself, for a CPU without torch, and check it against the model.
@@ -69,13 +71,15 @@ def export(
     columns = assignments(column, "--column")
     if columns and data is None:
         raise OptionError("--column needs DATA, whose columns it names.")
+    if skip_bad and data is None:
+        raise OptionError("--skip-bad needs DATA, whose rows may be bad.")
     directory_to_write(out, graph=True)
 
     import thresher
     from thresher.cli.models import open_in_float32
 
     opened = open_in_float32(directory, speedup=speedup)
-    rows = _rows(opened, data, columns, limit, seed, max_length)
+    rows = _rows(opened, data, columns, limit, seed, max_length, skip_bad)
     notice(
         f"Writing {directory} as a graph and checking it on {f'{count(len(rows))} rows' if rows else 'random tokens'}"
     )
@@ -93,7 +97,13 @@ def export(
 
 
 def _rows(
-    opened: Opened, data: str | None, columns: dict[str, str], limit: int, seed: int, max_length: int | None
+    opened: Opened,
+    data: str | None,
+    columns: dict[str, str],
+    limit: int,
+    seed: int,
+    max_length: int | None,
+    skip_bad: bool,
 ) -> list[Row] | None:
     """Token ids of the rows of `data`. What the model is for goes into its notes, which the graph will carry."""
     from thresher.cli.data import read_rows
@@ -102,7 +112,7 @@ def _rows(
 
     work, rows = opened.work, None
     if data is not None:
-        given = read_rows(data, split="test", limit=limit, seed=seed, kind=work.kind, labelled=False)
+        given = read_rows(data, split="test", limit=limit, seed=seed, kind=work.kind, labelled=False, skip_bad=skip_bad)
         work = work.settled(given, columns)
         texts = work.unlabelled(work.named(given, columns))
         rows = feeds(work.encode(texts, opened.tokenizer, opened.limit(max_length), labels=False).rows)

@@ -22,6 +22,7 @@ from thresher.cli.options import (
     DataSource,
     Device,
     Evaluations,
+    ExitSetting,
     Json,
     Kind,
     Limit,
@@ -31,9 +32,12 @@ from thresher.cli.options import (
     Precision,
     Searcher,
     Seed,
+    SkipBad,
     Speedup,
+    Windows,
     assignments,
     directory_to_write,
+    exit_config,
     method_config,
     one_target,
     place_of,
@@ -49,6 +53,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from thresher.cli.models import Opened
+    from thresher.exits import ExitConfig
     from thresher.policy import PolicyConfig
     from thresher.tasks.features import EncodedRows
 
@@ -67,8 +72,21 @@ def fit(
             help="Where the model goes, as an ordinary checkpoint with thresher.json beside it.", metavar="DIR"
         ),
     ],
-    method: Annotated[str, typer.Option(help="Its name, from thresher methods.", rich_help_panel=METHOD)] = "ltp",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Its name, from thresher methods. Default: ltp, or with --exit alone none.", rich_help_panel=METHOD
+        ),
+    ] = None,
     settings: MethodSetting = None,
+    exit: Annotated[
+        str | None,
+        typer.Option(
+            help="Let rows leave early by this exit, from thresher methods; it is trained after the method.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    exit_settings: ExitSetting = None,
     speedup: Speedup = None,
     max_loss: MaxLoss = None,
     validation: Annotated[
@@ -92,13 +110,16 @@ def fit(
     metric: Annotated[
         str | None,
         typer.Option(
-            help="accuracy (default), f1 or matthews; spearman (default), pearson or mse; cosine; f1 (default) or exact_match.",
+            help="accuracy (default), f1 or matthews; spearman (default), pearson or mse; cosine; f1 (default) or exact_match; "
+            "of tags f1 (default), precision or recall.",
             rich_help_panel=DATA,
         ),
     ] = None,
     max_length: MaxLength = None,
+    windows: Windows = None,
     limit: Limit = None,
     seed: Seed = 0,
+    skip_bad: SkipBad = False,
     fine_tune: Annotated[
         bool | None,
         typer.Option(
@@ -134,16 +155,17 @@ def fit(
     [bold]thresher fit minilm imdb:train --validation imdb:test --speedup 2 --out faster[/]
     """
     one_target(speedup, max_loss, required=False)
-    config = method_config(method, settings)
+    config, leaving = _configs(method, settings, exit, exit_settings, labels=not no_labels)
     overrides = stage_overrides(stage)
     columns = assignments(column, "--column")
     place = place_of(device)
     begun = time.monotonic()
 
+    from thresher.cli.graphs import in_windows
     from thresher.cli.models import open_start
 
     kind = _kind(task, data)
-    rows, held_out = _rows(data, validation, limit, validation_limit, seed, kind)
+    rows, held_out = _rows(data, validation, limit, validation_limit, seed, kind, skip_bad)
     start, new_head = open_start(
         model,
         rows,
@@ -155,8 +177,9 @@ def fit(
         seed=seed,
         labels=not no_labels,
     )
+    start = in_windows(start, windows)
     lessons = _lessons(start.work.kind, new_head, fine_tune, no_labels, overrides)
-    config = start.work.fitting(config, start.tokenizer)
+    config = None if config is None else start.work.fitting(config, start.tokenizer)
     encoded = start.encode(rows, columns, labels=lessons.labels, training=True)
     checked = start.encode(held_out, columns, labels=lessons.labels)
     directory_to_write(out)
@@ -164,11 +187,15 @@ def fit(
         "model": model,
         "data": data,
         "limit": limit,
+        "skip_bad": skip_bad,
         "validation": validation,
         "columns": columns,
-        "method": config.method,
-        "settings": config.to_dict(),
+        "method": None if config is None else config.method,
+        "settings": {} if config is None else config.to_dict(),
+        "exit": None if leaving is None else leaving.method,
+        "exit_settings": {} if leaving is None else leaving.to_dict(),
         "max_length": start.limit(),
+        "windows": windows,
         **dataclasses.asdict(lessons),
         "seed": seed,
     }
@@ -181,9 +208,30 @@ def fit(
         "search": {name: v for name, v in (("evaluations", evaluations), ("sampler", sampler)) if v is not None},
     }
     with resumable(out, run_settings):
-        found = _train(start, config, encoded, checked, out, lessons, batch_size, options)
+        found = _train(start, config, encoded, checked, out, lessons, batch_size, options | {"exit": leaving})
     found["seconds"] = time.monotonic() - begun
     return Result(found, _shown(found, validation or data))
+
+
+def _configs(
+    method: str | None,
+    settings: list[str] | None,
+    exit: str | None,
+    exit_settings: list[str] | None,
+    *,
+    labels: bool,
+) -> tuple[PolicyConfig | None, ExitConfig | None]:
+    """The method and the exit that were asked for: LTP where none was, no method where only an exit was."""
+    if exit_settings and exit is None:
+        raise OptionError("--set-exit needs --exit, the exit whose setting it is.")
+    if settings and exit is not None and method is None:
+        raise OptionError("--set needs --method, the method whose setting it is; the exit's are set by --set-exit.")
+    leaving = None if exit is None else exit_config(exit, exit_settings)
+    if leaving is not None and leaving.labelled and not labels:
+        raise OptionError(f"The exit {leaving.method!r} learns from labels, so --no-labels cannot work; take fastbert.")
+    if method is None and leaving is not None:
+        return None, leaving
+    return method_config(method or "ltp", settings), leaving
 
 
 @dataclass(frozen=True)
@@ -196,15 +244,22 @@ class Lessons:
 
 
 def _rows(
-    data: str, validation: str | None, limit: int | None, validation_limit: int | None, seed: int, kind: Kind | None
+    data: str,
+    validation: str | None,
+    limit: int | None,
+    validation_limit: int | None,
+    seed: int,
+    kind: Kind | None,
+    skip_bad: bool,
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """The rows to train on, and those that the target is met on."""
     from thresher.cli.data import hold_out, read_rows
 
-    rows = read_rows(data, split="train", limit=limit, seed=seed, kind=kind)
+    rows = read_rows(data, split="train", limit=limit, seed=seed, kind=kind, skip_bad=skip_bad)
     if validation is None:
         return hold_out(rows, seed)
-    return rows, read_rows(validation, split="test", limit=validation_limit, seed=seed, kind=kind)
+    checked = read_rows(validation, split="test", limit=validation_limit, seed=seed, kind=kind, skip_bad=skip_bad)
+    return rows, checked
 
 
 def _kind(task: Kind | None, data: str) -> Kind | None:
@@ -231,7 +286,7 @@ def _lessons(kind: str, new_head: bool, fine_tune: bool | None, no_labels: bool,
 
 def _train(
     start: Opened,
-    config: PolicyConfig,
+    config: PolicyConfig | None,
     encoded: EncodedRows,
     checked: EncodedRows,
     out: Path,
@@ -242,12 +297,13 @@ def _train(
     """Train on `encoded` and save; what the model then gains on `checked`, over the one that the method started from."""
     from thresher.cli.work import Truth
     from thresher.measure.run import run, run_packed
-    from thresher.model import policy_of
+    from thresher.model import attachment_of
     from thresher.training import fit as train
 
     truth = Truth.of(checked) if lessons.labels else None
     reference = run_packed(start.model, checked.rows, batch_size=batch_size).predictions
     before: list[np.ndarray] = []
+    searches = config is not None and config.searches
     with progress_bar() as bar:
         fitted = train(
             start.model,
@@ -266,13 +322,15 @@ def _train(
             ),
             progress=False,
             callbacks=[bar_callback(bar)],
-            **options | {"search": _with_bar(options["search"], bar) if config.searches else options["search"]},
+            **options | {"search": _with_bar(options["search"], bar) if searches else options["search"]},
         )
     after = run(fitted, checked.rows, batch_size=batch_size)
+    policy, exit = attachment_of(fitted).policy, attachment_of(fitted).exit
     return {
         "directory": str(out),
-        "method": config.method,
-        "strength": policy_of(fitted).config.strength,
+        "method": policy.config.method if policy else None,
+        "strength": policy.config.strength if policy else None,
+        "exit": exit.config.to_dict() | {"name": exit.config.method} if exit else None,
         "task": start.work.notes(),
         "rows": len(encoded.rows),
         "validation_rows": len(checked.rows),
@@ -296,7 +354,8 @@ def _with_bar(search: dict[str, Any], bar: Any) -> dict[str, Any]:
 
 def _shown(found: dict[str, Any], data: str) -> list[RenderableType]:
     out = found["directory"]
-    title = f"{found['method']} on {count(found['validation_rows'])} validation rows"
+    names = [name for name in (found["method"], found["exit"] and found["exit"]["name"]) if name]
+    title = f"{' with '.join(names)} on {count(found['validation_rows'])} validation rows"
     return [
         gains_table(title, found, found["speedup"]),
         STOCK_IS,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
@@ -18,6 +18,7 @@ from thresher.errors import OptionError
 from thresher.exported.directory import MANIFEST, TOKENIZER, Manifest, is_exported
 from thresher.exported.runner import Row, Runner
 from thresher.measure.run import MODEL_INPUTS, Run
+from thresher.model import set_exit
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,17 @@ class OpenedGraph:
         return self.work
 
 
+T = TypeVar("T", bound=Opened | OpenedGraph)
+
+
+def in_windows(opened: T, stride: int | None) -> T:
+    """The same, reading long texts in windows that share `stride` tokens; None: as it is.
+
+    Raises OptionError for a model that reads other things than single texts.
+    """
+    return opened if stride is None else replace(opened, work=opened.work.in_windows(stride))
+
+
 def open_to_answer(
     name: str,
     device: str,
@@ -65,18 +77,27 @@ def open_to_answer(
     batch_size: object = None,
     workers: int | None = None,
     speedup: float | None = None,
+    tau: float | None = None,
 ) -> Opened | OpenedGraph:
-    """A model on `device` (auto, cpu, cuda) or an exported directory. Raises OptionError for options of the other one."""
+    """A model on `device` (auto, cpu, cuda) or an exported directory. Raises OptionError for options of the other one.
+
+    speedup: the point of the model's frontier to run at. tau: the threshold of its exit.
+    """
     if not is_exported(Path(name).expanduser()):
         if workers is not None:
             raise OptionError("--workers is for an exported directory; a model uses every core by itself.")
-        return open_model(name, place_of(device), speedup=speedup)
+        opened = open_model(name, place_of(device), speedup=speedup)
+        if tau is not None:
+            set_exit(opened.model, threshold=tau)
+        return opened
     if batch_size is not None:
         raise OptionError(f"{name} is an exported graph, which runs one row at a time; leave --batch-size out.")
     if device == "cuda":
         raise OptionError(f"{name} is an exported graph, which runs on the CPU; leave --device out.")
     if speedup is not None:
         raise OptionError(f"{name} is an exported graph, which runs as it was exported; leave --speedup out.")
+    if tau is not None:
+        raise OptionError(f"{name} is an exported graph, which has no exit; leave --tau out.")
     return open_graph(name, workers)
 
 

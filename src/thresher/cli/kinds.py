@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from thresher.cli.question_work import QuestionWork
+from thresher.cli.tagging_work import TaggingWork
 from thresher.cli.work import EmbeddingWork, ResponseWork, TextWork, Work
 
 KINDS: dict[str, type[Work]] = {
@@ -11,4 +12,5 @@ KINDS: dict[str, type[Work]] = {
     "qa": QuestionWork,
     "regression": TextWork,
     "response": ResponseWork,
+    "tagging": TaggingWork,
 }

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from thresher.cli.gains import STOCK_IS, checked_rows, gains_table
 from thresher.cli.options import (
+    DATA,
     AnsweringDirectory,
     AtSpeedup,
+    AtThreshold,
     BatchSize,
     Column,
     DataSource,
@@ -16,10 +21,13 @@ from thresher.cli.options import (
     Limit,
     MaxLength,
     Seed,
+    SkipBad,
+    Windows,
     Workers,
     assignments,
 )
 from thresher.cli.screen import Result, command, notice, progress
+from thresher.errors import OptionError
 from thresher.report.console import count, ratio, table
 
 if TYPE_CHECKING:
@@ -33,27 +41,55 @@ def evaluate(
     directory: AnsweringDirectory,
     data: DataSource,
     speedup: AtSpeedup = None,
+    tau: AtThreshold = None,
     column: Column = None,
     max_length: MaxLength = None,
+    windows: Windows = None,
     limit: Limit = None,
     seed: Seed = 0,
+    skip_bad: SkipBad = False,
     batch_size: BatchSize = None,
     workers: Workers = None,
+    candidates: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a scorer: the corpus that queries with relevant ids are ranked against, with the columns id and text.",
+            metavar="DATA",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="Of a scorer: that corpus as thresher index kept it.", metavar="DIR", rich_help_panel=DATA),
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> Result:
     """Score a model with and without dropping, and count the FLOPs saved.
 
     Embedders are scored by cosine to themselves undropped; on python-docs also by retrieval. An exported directory has only
-    itself: its scores stand beside what its export was checked to differ by.
+    itself: its scores stand beside what its export was checked to differ by. A scorer (thresher fit-scorer) ranks the
+    candidates of each query, or one corpus for all.
 
     [bold]thresher evaluate faster imdb:test --limit 2000[/]
     """
-    from thresher.cli.graphs import OpenedGraph, open_to_answer
+    from thresher.cli.scorers import evaluate_scorer, holds_scorer
+
+    columns = assignments(column, "--column")
+    if holds_scorer(directory):
+        refused = {"--speedup": speedup, "--max-length": max_length, "--windows": windows, "--batch-size": batch_size,
+                   "--workers": workers}  # fmt: skip
+        drawn = {"limit": limit, "seed": seed}
+        return evaluate_scorer(directory, data, columns, candidates, store, drawn, device, refused)
+    if candidates is not None or store is not None:
+        raise OptionError(f"--candidates and --store are for a scorer, and {directory} holds none; leave them out.")
+
+    from thresher.cli.graphs import OpenedGraph, in_windows, open_to_answer
     from thresher.cli.scoring import set_exam
 
-    opened = open_to_answer(directory, device, batch_size=batch_size, workers=workers, speedup=speedup)
-    exam = set_exam(opened, data, assignments(column, "--column"), limit=limit, seed=seed, max_length=max_length)
+    opened = open_to_answer(directory, device, batch_size=batch_size, workers=workers, speedup=speedup, tau=tau)
+    opened = in_windows(opened, windows)
+    exam = set_exam(opened, data, columns, limit=limit, seed=seed, max_length=max_length, skip_bad=skip_bad)
     about = {"directory": directory, "data": data, "rows": len(exam.rows)}
     title = f"{directory} on {count(len(exam.rows))} {exam.unit}"
     if isinstance(opened, OpenedGraph):

@@ -17,6 +17,7 @@ from transformers import (
     AutoModel,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     set_seed,
 )
@@ -25,9 +26,10 @@ import thresher
 from thresher import checkpoint
 from thresher.backbones import FAMILIES
 from thresher.checkpoint import SETTINGS
-from thresher.cli.data import holds_dialogues, holds_questions
+from thresher.cli.data import holds_dialogues, holds_questions, holds_tags
 from thresher.cli.question_work import QuestionWork, no_answer
 from thresher.cli.screen import notice
+from thresher.cli.tagging_work import TaggingWork, tags_of_head, tags_to_learn
 from thresher.cli.work import EmbeddingWork, ResponseWork, TextWork, Work
 from thresher.errors import CheckpointError, OptionError
 from thresher.exported.directory import is_exported
@@ -37,6 +39,7 @@ from thresher.model import attachment_of, find_encoder
 from thresher.tasks.answering import QuestionTask
 from thresher.tasks.features import DEFAULT_MAX_LENGTH, EncodedRows
 from thresher.tasks.responses import ResponseTask, prepare
+from thresher.tasks.tagging import read_words_apart
 from thresher.tasks.text import TextTask, canonical
 
 BUILT_IN = "minilm"
@@ -167,10 +170,14 @@ def open_start(
         return Opened(model, model.tokenizer, EmbeddingWork(columns, max_length)), False
     config = _config(path)
     trained = _head(config) == "SequenceClassification"
+    if not labels and _head(config) in NEW_HEAD:
+        raise OptionError(f"{name} has no trained head to learn from, so --no-labels cannot work; give labels.")
     if kind == "response" or (kind is None and holds_dialogues(rows)):
         return _selector(path, config, device, metric, columns, max_length)
     if kind == "qa" or (kind is None and holds_questions(rows)):
         return _answerer(path, config, device, rows, metric, columns, max_length)
+    if kind == "tagging" or (kind is None and holds_tags(rows)):
+        return _tagger(path, config, device, rows, metric, columns, max_length)
     if config.model_type in FAMILIES and not trained and _head(config) not in NEW_HEAD:
         raise OptionError(
             f"{name} is a {config.architectures[0]}, which has no head for {kind or 'classification or regression'}; give a "
@@ -179,8 +186,6 @@ def open_start(
     if trained:
         task = _task_of_head(config, rows, kind, metric)
         model = _load(path, lambda: AutoModelForSequenceClassification.from_pretrained(path))
-    elif not labels:
-        raise OptionError(f"{name} has no trained head to learn from, so --no-labels cannot work; give labels.")
     else:
         task = TextTask.infer(rows, kind=kind, metric=metric)  # type: ignore[arg-type]
         options: dict[str, Any] = {"num_labels": task.num_labels, "ignore_mismatched_sizes": True}
@@ -228,13 +233,39 @@ def _answerer(
         )
     threshold = no_answer(rows)
     config.num_labels = 2  # start and end
-    for name in ATTENTION_DROPOUT:
-        if hasattr(config, name):
-            setattr(config, name, 0.0)
+    _no_attention_dropout(config)
     model = _load(path, lambda: AutoModelForQuestionAnswering.from_pretrained(path, config=config))
     thresher.attach(model.eval().to(device))
     work = QuestionWork(columns, max_length or _window_length(model), measure=metric or "f1", threshold=threshold)
     return Opened(model, _tokenizer(model, path), work), _head(config) != "QuestionAnswering"
+
+
+def _tagger(
+    path: str,
+    config: Any,
+    device: str,
+    rows: datasets.Dataset,
+    metric: str | None,
+    columns: dict[str, str],
+    max_length: int | None,
+) -> tuple[Opened, bool]:
+    """A model that gives words tags, of a checkpoint that does or of an encoder."""
+    new = _head(config) in NEW_HEAD
+    task = tags_to_learn(config, rows, new=new)
+    if new:
+        _no_attention_dropout(config)
+    model = _load(path, lambda: AutoModelForTokenClassification.from_pretrained(path, config=config))
+    thresher.attach(model.eval().to(device))
+    tokenizer = _load(path, lambda: AutoTokenizer.from_pretrained(path, **({"add_prefix_space": True} if new else {})))
+    if new:
+        read_words_apart(tokenizer)
+    return Opened(model, tokenizer, TaggingWork(columns, max_length, tagging=task, measure=metric or "f1")), new
+
+
+def _no_attention_dropout(config: Any) -> None:
+    for name in ATTENTION_DROPOUT:
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
 
 
 def _window_length(model: Any) -> int:
@@ -357,6 +388,8 @@ def _guessed(model: Any) -> Work:
         return EmbeddingWork()
     if _head(config) == "QuestionAnswering":
         return QuestionWork(max_length=_window_length(model), open=True)
+    if (task := tags_of_head(config)) is not None:
+        return TaggingWork(tagging=task)
     if _head(config) != "SequenceClassification":
         return Work()
     if _selects(config):

@@ -16,7 +16,7 @@ from thresher.errors import OptionError, nearest
 TARGET, DATA, METHOD, TRAINING, OUTPUT = "Target (one of them)", "Data", "Method", "Training", "Output"
 SEARCH = "Search"
 
-Kind = Literal["classification", "regression", "embedding", "response", "qa"]
+Kind = Literal["classification", "regression", "embedding", "response", "qa", "tagging"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 DataSource = Annotated[
@@ -64,6 +64,15 @@ AtSpeedup = Annotated[
         rich_help_panel=METHOD,
     ),
 ]
+AtThreshold = Annotated[
+    float | None,
+    typer.Option(
+        "--tau",
+        help="Let rows leave early by this threshold of the model's exit. Default: as saved.",
+        metavar="THRESHOLD",
+        rich_help_panel=METHOD,
+    ),
+]
 MaxLoss = Annotated[
     float | None,
     typer.Option(
@@ -94,11 +103,39 @@ MaxLength = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+Windows = Annotated[
+    int | None,
+    typer.Option(
+        "--windows",
+        min=0,
+        help="Read long texts whole: in windows that share this many tokens, and answered by their mean. Default: as fitted, "
+        "else long texts are cut.",
+        metavar="STRIDE",
+        rich_help_panel=DATA,
+    ),
+]
+SkipBad = Annotated[
+    bool,
+    typer.Option(
+        "--skip-bad",
+        help="Of questions about passages: leave out bad rows, each named on standard error, rather than stop at the first.",
+        rich_help_panel=DATA,
+    ),
+]
 MethodSetting = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         help="A setting of the method, such as threshold=.01 or retention=.8,.6,.4 (see thresher methods). Repeat for each.",
+        metavar="NAME=VALUE",
+        rich_help_panel=METHOD,
+    ),
+]
+ExitSetting = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set-exit",
+        help="A setting of the exit, such as threshold=.3 or patience=2 (see thresher methods). Repeat for each.",
         metavar="NAME=VALUE",
         rich_help_panel=METHOD,
     ),
@@ -166,8 +203,18 @@ def method_config(method: str, settings: Sequence[str] | None) -> Any:
     """The configuration of a method with the settings given as `--set name=value`."""
     from thresher.methods import config_class
 
-    kind = config_class(method)
-    given = assignments(settings, "--set")
+    return _configured(config_class(method), settings, "--set")
+
+
+def exit_config(exit: str, settings: Sequence[str] | None) -> Any:
+    """The configuration of an exit with the settings given as `--set-exit name=value`."""
+    from thresher.exits import exit_class
+
+    return _configured(exit_class(exit), settings, "--set-exit")
+
+
+def _configured(kind: Any, settings: Sequence[str] | None, option: str) -> Any:
+    given = assignments(settings, option)
     hints = field_types(kind)
     return kind.from_dict({name: convert(name, text, hints.get(name, str)) for name, text in given.items()})
 

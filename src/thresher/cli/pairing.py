@@ -52,6 +52,10 @@ def index(
             rich_help_panel=OUTPUT,
         ),
     ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(min=1, help="Processes that encode, one core each.", metavar="COUNT", rich_help_panel=OUTPUT),
+    ] = 1,
     device: Device = "auto",
     as_json: Json = False,
 ) -> Result:
@@ -67,16 +71,21 @@ def index(
 
     from thresher.cli.data import read_rows
     from thresher.pairs.keeping import BATCH
+    from thresher.scale import fill
     from thresher.tasks.data import map_columns
 
     rows = map_columns(read_rows(file), columns)
-    names = _ids(rows)
-    for _ in _texts(rows):  # all of them, so that nothing is encoded in vain
+    names = candidate_ids(rows)
+    for _ in candidate_texts(rows):  # all of them, so that nothing is encoded in vain
         pass
-    with _opened(_scorer(model, place), store, dtype) as opened, progress("encoding", len(rows)) as done:
+    with _opened(open_scorer(model, place), store, dtype) as opened, progress("encoding", len(rows)) as done:
         before = len(opened)
+        candidates, size = zip(names, candidate_texts(rows), strict=True), batch or BATCH
         try:
-            added = opened.add(zip(names, _texts(rows), strict=True), batch=batch or BATCH, on_done=done)
+            if workers > 1:
+                added = fill(opened, model, candidates, workers=workers, batch=size, device=place, on_done=done)
+            else:
+                added = opened.add(candidates, batch=size, on_done=done)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"Interrupted. {count(len(opened) - before)} candidates were added to {store}, which holds "
@@ -116,7 +125,7 @@ def rank(
 
     from thresher.pairs.keeping import Index
 
-    with Index.open(_scorer(model, place), store) as opened:
+    with Index.open(open_scorer(model, place), store) as opened:
         found = opened.rank(texts[0] if len(texts) == 1 else texts, k, subset)
         among = len(opened) if subset is None else len(subset)
     rows = [(str(number), name, f"{score:.4f}") for number, (name, score) in enumerate(found, start=1)]
@@ -133,7 +142,7 @@ def rank(
     )
 
 
-def _scorer(directory: str, place: str) -> Any:
+def open_scorer(directory: str, place: str) -> Any:
     import transformers
 
     from thresher.pairs.saving import load
@@ -154,7 +163,7 @@ def _opened(scorer: Any, store: Path, dtype: str | None) -> Index:
     return opened
 
 
-def _ids(rows: datasets.Dataset) -> list[str]:
+def candidate_ids(rows: datasets.Dataset) -> list[str]:
     """The ids as texts. Raises DataError."""
     from thresher.pairs.cache import check_ids
 
@@ -175,7 +184,7 @@ def _ids(rows: datasets.Dataset) -> list[str]:
     return names
 
 
-def _texts(rows: datasets.Dataset) -> Iterator[str | list[str]]:
+def candidate_texts(rows: datasets.Dataset) -> Iterator[str | list[str]]:
     """Raises DataError at the row that has none."""
     for number, text in enumerate(rows["text"], start=1):
         if text is None or not isinstance(text, str | list):

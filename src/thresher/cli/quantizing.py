@@ -17,6 +17,7 @@ from thresher.cli.options import (
     MaxLength,
     ModelDirectory,
     Seed,
+    SkipBad,
     assignments,
     directory_to_write,
 )
@@ -40,6 +41,7 @@ def quantize(
     max_length: MaxLength = None,
     limit: Limit = None,
     seed: Seed = 0,
+    skip_bad: SkipBad = False,
     batch_size: BatchSize = None,
     as_json: Json = False,
 ) -> Result:
@@ -57,7 +59,7 @@ def quantize(
 
     opened = open_in_float32(directory)
     columns = assignments(column, "--column")
-    exam = set_exam(opened, data, columns, limit=limit, seed=seed, max_length=max_length)
+    exam = set_exam(opened, data, columns, limit=limit, seed=seed, max_length=max_length, skip_bad=skip_bad)
     attachment_of(opened.model).notes["task"] = exam.work.notes()
     before, after = _both(opened, exam, batch_size)
     opened.save(out)

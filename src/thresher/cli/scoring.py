@@ -56,10 +56,11 @@ def set_exam(
     limit: int | None,
     seed: int,
     max_length: int | None,
+    skip_bad: bool = False,
 ) -> Exam:
     """The rows of `data` for what the model is for. Raises OptionError for a model whose answers no command can score."""
     work = opened.text_work()
-    rows = read_rows(data, split="test", limit=limit, seed=seed, kind=work.kind)
+    rows = read_rows(data, split="test", limit=limit, seed=seed, kind=work.kind, skip_bad=skip_bad)
     work = work.settled(rows, columns)
     rows = work.named(rows, columns)
     retrieval = None

@@ -60,7 +60,7 @@ class TokenMapView:
         answer = f"{self.map.note}; " if self.map.note else ""
         yield Text(f"{answer}{self.map.kept} of {len(self.map.tokens)} tokens read to the end", style="dim")
         if coloured:
-            yield legend(self.map.layers)
+            yield legend(self.map.layers, answer=self.map.answer is not None)
         yield Text("")
 
 

@@ -27,6 +27,7 @@ from thresher.cli.options import (
     ModelDirectory,
     Searcher,
     Seed,
+    SkipBad,
     assignments,
     directory_to_write,
     file_to_write,
@@ -66,6 +67,7 @@ def search(
         int, typer.Option(min=1, help="Rows of DATA, drawn with --seed.", metavar="ROWS", rich_help_panel=DATA)
     ] = 500,
     seed: Seed = 0,
+    skip_bad: SkipBad = False,
     out: Annotated[
         Path | None, typer.Option(help="Default: DIR itself.", metavar="DIR", rich_help_panel=OUTPUT)
     ] = None,
@@ -104,7 +106,7 @@ def search(
     from thresher.searching import search as find
 
     opened = _opened(directory, place, config)
-    rows = read_rows(data, split="test", limit=limit, seed=seed, kind=opened.work.kind)
+    rows = read_rows(data, split="test", limit=limit, seed=seed, kind=opened.work.kind, skip_bad=skip_bad)
     work = opened.text_work().settled(rows, columns)
     attachment_of(opened.model).notes["task"] = work.notes()
     encoded = opened.encode(rows, columns, max_length=max_length)

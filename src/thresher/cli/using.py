@@ -15,12 +15,15 @@ from thresher.cli.options import (
     OUTPUT,
     AnsweringDirectory,
     AtSpeedup,
+    AtThreshold,
     BatchSize,
     Column,
     Device,
     Json,
     MaxLength,
     ModelDirectory,
+    SkipBad,
+    Windows,
     Workers,
     assignments,
     file_to_write,
@@ -33,8 +36,11 @@ from thresher.report.console import count, table
 if TYPE_CHECKING:
     import datasets
 
+    from thresher.report.tokens import TokenMap
+
 
 SHOWN_TEXT = 60
+SHOWN_TOKENS = 12
 
 Texts = Annotated[
     list[str] | None, typer.Option("--text", help="A text. Repeat for more.", metavar="TEXT", rich_help_panel=DATA)
@@ -56,8 +62,11 @@ def predict(
     text: Texts = None,
     pair: Pairs = None,
     speedup: AtSpeedup = None,
+    tau: AtThreshold = None,
     column: Column = None,
     max_length: MaxLength = None,
+    windows: Windows = None,
+    skip_bad: SkipBad = False,
     out: Annotated[
         Path | None,
         typer.Option(help="Write one JSON object a row, in order.", metavar="FILE.jsonl", rich_help_panel=OUTPUT),
@@ -67,21 +76,27 @@ def predict(
     device: Device = "auto",
     as_json: Json = False,
 ) -> Result:
-    """Answer rows or texts: label and probability, value, embedding, or a piece of the passage.
+    """Answer rows or texts: label and probability, value, embedding, a piece of the passage, or entities.
 
     [bold]thresher predict faster --text "A film that never ends."[/]
     """
     if (data is None) == (not text):
         raise OptionError("Give either DATA or --text.")
+    if skip_bad and data is None:
+        raise OptionError("--skip-bad needs DATA, whose rows may be bad.")
     if out is not None:
         file_to_write(out)
 
     from thresher.cli.data import read_rows
-    from thresher.cli.graphs import open_to_answer
+    from thresher.cli.graphs import in_windows, open_to_answer
 
-    opened = open_to_answer(directory, device, batch_size=batch_size, workers=workers, speedup=speedup)
+    opened = open_to_answer(directory, device, batch_size=batch_size, workers=workers, speedup=speedup, tau=tau)
+    opened = in_windows(opened, windows)
     work = opened.text_work()
-    rows = _given(text, pair) if data is None else read_rows(data, split="test", kind=work.kind, labelled=False)
+    if data is None:
+        rows = _given(text, pair)
+    else:
+        rows = read_rows(data, split="test", kind=work.kind, labelled=False, skip_bad=skip_bad)
     rows = work.named(rows, assignments(column, "--column"))
     rows = work.unlabelled(rows)
     texts = work.shown(rows)
@@ -95,7 +110,7 @@ def predict(
             {"file": str(out), "rows": len(said), "speedup": after.speedup},
             [f"Wrote {count(len(said))} answers to {out}."],
         )
-    columns = [name for name in said[0] if name != "n_best"]
+    columns = [name for name in said[0] if name not in ("n_best", "tags")]
     shown = [(_short(one), *(_cell(answer[name]) for name in columns)) for one, answer in zip(texts, said, strict=True)]
     return Result(
         {"predictions": said, "speedup": after.speedup},
@@ -109,7 +124,16 @@ def explain(
     text: Texts = None,
     pair: Pairs = None,
     max_length: MaxLength = None,
+    windows: Windows = None,
     speedup: AtSpeedup = None,
+    saliency: Annotated[
+        str | None,
+        typer.Option(
+            help="Also how much each token matters: gradient-x-input, integrated-gradients, attention, or contribution "
+            "(of a model fitted with adapler).",
+            metavar="METHOD",
+        ),
+    ] = None,
     html: Annotated[
         Path | None,
         typer.Option(help="Write a page with a slider for the layer.", metavar="FILE", rich_help_panel=OUTPUT),
@@ -129,24 +153,39 @@ def explain(
         file_to_write(html)
     place = place_of(device)
 
+    from thresher.cli.graphs import in_windows
     from thresher.cli.models import open_model
     from thresher.cli.question_work import QuestionWork
     from thresher.explanation import explain as token_maps
     from thresher.report.tokens import to_html
 
-    opened = open_model(directory, place, speedup=speedup)
+    opened = in_windows(open_model(directory, place, speedup=speedup), windows)
     rows = opened.work.unlabelled(_given(text, pair))
     limit = opened.limit(max_length)
     # Encoded here as well, for what it says of cut and empty texts.
     opened.work.encode(rows, opened.tokenizer, limit, labels=False)
     texts = opened.work.texts(rows, opened.tokenizer, limit)
     threshold = opened.work.threshold if isinstance(opened.work, QuestionWork) else None
-    maps = token_maps(opened.model, opened.tokenizer, texts, limit, threshold=threshold)
-    shown: list[RenderableType] = [TokenMapView(one) for one in maps]
+    asked: Any = saliency  # the library names what it does not know
+    maps = token_maps(opened.model, opened.tokenizer, texts, limit, threshold=threshold, salient=asked)
+    shown: list[RenderableType] = []
+    for one in maps:
+        shown += [TokenMapView(one), *([] if saliency is None else [_saliency_table(one, saliency)])]
     if html is not None:
         _write(html, to_html(maps, f"What {directory} read"))
         shown.append(f"Wrote {html}.")
     return Result({"maps": [{**asdict(one), "kept": one.kept} for one in maps], "html": html and str(html)}, shown)
+
+
+def _saliency_table(token_map: TokenMap, method: str) -> RenderableType:
+    """The tokens that matter most, beside the layer at which each was dropped."""
+    assert token_map.saliency is not None
+    most = sorted(range(len(token_map.tokens)), key=lambda i: -token_map.saliency[i])[:SHOWN_TOKENS]  # type: ignore[index]
+    rows = [
+        (_short(token_map.tokens[i]), f"{100 * token_map.saliency[i]:.1f}%", token_map.dropped_at[i] or "kept")
+        for i in most
+    ]
+    return table(f"What matters most, by {method}", ("token", "share", "dropped at layer"), rows)
 
 
 def _write(file: Path, text: str) -> None:
@@ -179,6 +218,8 @@ def _short(text: str) -> str:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, list) and not all(isinstance(one, float) for one in value):
+        return _short(", ".join(f"{one['text']} ({one['type']})" for one in value))  # entities
     if isinstance(value, list):
         return f"[{', '.join(f'{x:.3f}' for x in value[:4])}, …] ({len(value)})"
     return f"{value:.4f}" if isinstance(value, float) else _short(str(value))

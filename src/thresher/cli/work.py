@@ -16,9 +16,11 @@ from thresher.tasks.answering import EncodedQuestions
 from thresher.tasks.data import map_columns
 from thresher.tasks.dialogues import dialogues
 from thresher.tasks.features import EncodedRows, encode_texts
+from thresher.tasks.long_texts import EncodedLongTexts, window_texts
 from thresher.tasks.ranking import ranking_metrics
 from thresher.tasks.responses import ResponseTask, Utterances
 from thresher.tasks.retrieval import agreement
+from thresher.tasks.tagging import EncodedTags
 from thresher.tasks.text import TextTask, canonical
 
 Scores = dict[str, float]
@@ -28,21 +30,32 @@ RANKING = ("R@1", "MAP", "MRR", "P@1")
 @dataclass(frozen=True)
 class Truth:
     """What answers are judged by. groups: the dialogue that each row belongs to, where rows are candidates. questions: what
-    the rows are windows of, where they are; labels are then the texts that are right for each question."""
+    the rows are windows of, where they are; labels are then the texts that are right for each question. tags: the words that
+    rows hold, where labels are the tags of these. texts: those that rows are windows of, where labels are theirs."""
 
     labels: Sequence[Any]
     groups: Sequence[int] | None = None
     questions: EncodedQuestions | None = None
+    tags: EncodedTags | None = None
+    texts: EncodedLongTexts | None = None
 
     @classmethod
     def of(cls, encoded: EncodedRows) -> Truth | None:
         """That of encoded rows; None where they have no labels."""
         if isinstance(encoded, EncodedQuestions):
             return None if encoded.accepted is None else cls(encoded.accepted, questions=encoded)
+        if isinstance(encoded, EncodedTags):
+            return None if encoded.tags is None else cls(encoded.tags, tags=encoded)
+        if isinstance(encoded, EncodedLongTexts):
+            return None if encoded.labels is None else cls(encoded.labels, texts=encoded)
         rows = encoded.rows
         if "labels" not in rows.column_names:
             return None
         return cls(list(rows["labels"]), list(rows["group"]) if "group" in rows.column_names else None)
+
+    def joined(self, predictions: np.ndarray) -> np.ndarray:
+        """An answer for each label, also where rows are windows of texts."""
+        return predictions if self.texts is None else self.texts.averaged(predictions)
 
 
 @dataclass(frozen=True)
@@ -99,6 +112,10 @@ class Work:
     def settled(self, rows: datasets.Dataset, columns: Mapping[str, str]) -> Work:
         """The same with what the first rows decide."""
         return self
+
+    def in_windows(self, stride: int) -> Work:
+        """The same, reading long texts in windows."""
+        raise OptionError(f"--windows is for classification and regression of single texts; this is {self.kind}.")
 
     def unlabelled(self, rows: datasets.Dataset) -> datasets.Dataset:
         """Rows whose labels, if any, are left unread."""
@@ -189,12 +206,15 @@ class TextWork(Work):
             "label_names": list(text.label_names) if text.label_names else None,
             "num_labels": text.num_labels,
             "pair": None if self.any_pair else text.pair,
+            **({} if text.windows is None else {"windows": text.windows}),
         }
 
     @classmethod
     def _noted(cls, notes: Mapping[str, Any]) -> Self:
         names = tuple(notes["label_names"]) if notes["label_names"] else None
-        text = TextTask(notes["kind"], notes["num_labels"], names, bool(notes["pair"]), notes["metric"])
+        text = TextTask(
+            notes["kind"], notes["num_labels"], names, bool(notes["pair"]), notes["metric"], notes.get("windows")
+        )
         return cls(dict(notes["columns"]), notes["max_length"], text=text, any_pair=notes["pair"] is None)
 
     def settled(self, rows: datasets.Dataset, columns: Mapping[str, str]) -> Work:
@@ -202,6 +222,14 @@ class TextWork(Work):
             return self
         pair = "text_pair" in canonical(self.named(rows, columns)).column_names
         return replace(self, text=replace(self.text, pair=pair), columns=columns, any_pair=False)
+
+    def in_windows(self, stride: int) -> Work:
+        return replace(self, text=replace(self.text, windows=stride))
+
+    def texts(self, rows: datasets.Dataset, tokenizer: Any, limit: int) -> list[tuple[str, ...]]:
+        if self.text.windows is None:
+            return super().texts(rows, tokenizer, limit)
+        return [(text,) for text in window_texts(rows["text"][:], tokenizer, limit, stride=self.text.windows)]
 
     def _encode(self, rows: datasets.Dataset, tokenizer: Any, limit: int, labels: bool, training: bool) -> EncodedRows:
         given = canonical(rows)
@@ -211,16 +239,18 @@ class TextWork(Work):
         return replace(self.text, pair=pair).encode(given, tokenizer, limit, require_labels=labels)
 
     def quality(self, truth: Truth | None, reference: np.ndarray) -> Callable[[np.ndarray], float] | None:
-        return None if truth is None else lambda predictions: self.text.score(predictions, truth.labels)
+        return None if truth is None else lambda predictions: self.text.score(truth.joined(predictions), truth.labels)
 
     def metrics(self, predictions: np.ndarray, truth: Truth | None, reference: np.ndarray) -> Scores:
-        if self.kind != "regression":
-            return super().metrics(predictions, truth, reference)
+        """Answers are alike for whole texts where there are labels, else for the windows that rows may be."""
+        scores = self.scores(predictions, truth)
+        if truth is not None:
+            predictions, reference = truth.joined(predictions), truth.joined(reference)
         alike = self.alike(predictions, reference)
-        return self.scores(predictions, truth) or {"pearson with stock": alike["pearson"]}
+        return scores | alike if self.kind != "regression" else scores or {"pearson with stock": alike["pearson"]}
 
     def scores(self, predictions: np.ndarray, truth: Truth | None) -> Scores:
-        return {} if truth is None else self.text.metrics(predictions, truth.labels)
+        return {} if truth is None else self.text.metrics(truth.joined(predictions), truth.labels)
 
     def alike(self, predictions: np.ndarray, reference: np.ndarray) -> Scores:
         if self.kind == "regression":
@@ -228,6 +258,8 @@ class TextWork(Work):
         return {"agreement": float((predictions.argmax(-1) == reference.argmax(-1)).mean())}
 
     def answers(self, predictions: np.ndarray, encoded: EncodedRows) -> list[dict[str, Any]]:
+        if isinstance(encoded, EncodedLongTexts):
+            predictions = encoded.averaged(predictions)
         if self.kind == "regression":
             return [{"value": float(value)} for value in predictions.reshape(-1)]
         import torch

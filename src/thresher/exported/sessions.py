@@ -58,6 +58,8 @@ def _openvino(openvino: Any, graph: Path, outputs: list[str], threads: int) -> S
     model = core.read_model(str(graph))
     # float32 is what was checked: some processors would take bfloat16 unasked.
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+    # A fused kernel that first meets one token takes that for a dimension to be broadcast, and errs on every longer row after.
+    settings["SNIPPETS_MODE"] = "DISABLE"
     if threads > 1:
         settings |= {"NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads}
     else:

@@ -136,6 +136,7 @@ def _manifest(model: Any, runtime: Runtime, inputs: tuple[str, ...], outputs: tu
             "hidden": geometry.hidden,
             "intermediate": geometry.intermediate,
             "gated": geometry.gated,
+            "width": geometry.attention,
             "midpoint": point is Point.AFTER_ATTENTION and all(m is not None for m in entrance.midpoints),
             "before": point is Point.BEFORE_LAYER,
         },

@@ -1,7 +1,8 @@
 """Analytic FLOPs from what a pass really read. A multiply-add is 2 FLOPs; embeddings and heads are left out on both sides.
 
 One layer that attends over n tokens and feeds m forward: 8 n d^2 (four projections) + 4 n^2 d (scores and context) + 4
-m d i (feed-forward of width i; 6 m d i when gated), plus the method's own work.
+m d i (feed-forward of width i; 6 m d i when gated), plus the method's own work. Where only q of the n tokens ask, the others
+being frozen: 4 (n + q) d^2 + 4 q n d.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from thresher.errors import OptionError
+from thresher.exits import Exit
 from thresher.measure.layer import layer_flops
 from thresher.policy import Geometry, Policy, Trace
 
@@ -20,14 +22,21 @@ def dense_flops(geometry: Geometry, length: int) -> int:
     return geometry.layers * layer_flops(geometry, length, length)
 
 
-def flops(trace: Trace, geometry: Geometry, policy: Policy[Any] | None = None) -> list[int]:
-    """FLOPs of each row of a pass, the policy's own overhead included."""
+def flops(
+    trace: Trace, geometry: Geometry, policy: Policy[Any] | None = None, exit: Exit[Any] | None = None
+) -> list[int]:
+    """FLOPs of each row of a pass, the overhead of the policy and of the exit's branches included; nothing once it has left."""
     totals = [0] * len(trace.original)
+    for asked in trace.asked:
+        for row, n in enumerate(asked):
+            totals[row] += exit.overhead_flops(n) if exit is not None and n else 0
     entering = trace.original
     for layer, (reads, feeds) in enumerate(trace.reads, start=1):
+        asking = trace.asking[layer - 1] if trace.asking else None
         for row, (read, fed) in enumerate(zip(reads, feeds, strict=True)):
-            totals[row] += layer_flops(geometry, read, fed)
-            if policy is not None and policy.mode != "off":
+            totals[row] += layer_flops(geometry, read, fed, asking[row] if asking else None)
+            left = bool(trace.exited_at) and trace.exited_at[row] < layer
+            if policy is not None and policy.mode != "off" and not left:
                 totals[row] += policy.overhead_flops(layer, read, entering[row])
         entering = feeds
     return totals
@@ -45,10 +54,15 @@ def skimming_speedup(kept: Sequence[float]) -> float:
     return len(kept) / sum(math.prod(kept[: layer + 1]) for layer in range(len(kept)))
 
 
-def speedup(traces: Iterable[Trace] | Sequence[Trace], geometry: Geometry, policy: Policy[Any] | None = None) -> float:
+def speedup(
+    traces: Iterable[Trace] | Sequence[Trace],
+    geometry: Geometry,
+    policy: Policy[Any] | None = None,
+    exit: Exit[Any] | None = None,
+) -> float:
     """FLOPs of the same rows run packed with nothing dropped / FLOPs of what was run. Padding is in neither."""
     spent = dense = 0
     for trace in traces:
-        spent += sum(flops(trace, geometry, policy))
+        spent += sum(flops(trace, geometry, policy, exit))
         dense += sum(dense_flops(geometry, n) for n in trace.original)
     return dense / spent if spent else 1.0

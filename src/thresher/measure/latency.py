@@ -179,8 +179,7 @@ def compare(
     with evaluating(model), torch.inference_mode():
         with tracing() as traces:
             variants[THRESHER]()
-        policy = attachment.policy
-        flops = 1.0 if policy is None else speedup(traces, policy.geometry, policy)
+        flops = speedup(traces, attachment.engine.entrance.geometry, attachment.policy, attachment.exit)
         timings = paired(variants, rounds=rounds, warmup=warmup, on_round=on_round)
     tokens = sum(len(ids) for ids in rows["input_ids"])
     return Comparison(timings, batch_size, len(rows), tokens / len(rows), flops, torch.get_num_threads(), str(device))

@@ -105,10 +105,10 @@ def run(
     predictions = np.concatenate(_same_width(parts))
     restored = np.empty_like(predictions)
     restored[order] = predictions
-    attachment = attachment_of(model) if is_attached(model) else None
     ratio = 1.0
-    if attachment is not None and attachment.policy is not None:
-        ratio = speedup(traces, attachment.policy.geometry, attachment.policy)
+    if is_attached(model):
+        attachment = attachment_of(model)
+        ratio = speedup(traces, attachment.engine.entrance.geometry, attachment.policy, attachment.exit)
     return Run(restored, tuple(traces), ratio)
 
 

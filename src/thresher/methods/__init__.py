@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from thresher.errors import OptionError, nearest
+from thresher.methods.adapler import AdapLeR, AdapLeRPolicy
 from thresher.methods.ase import ASE, ASEPolicy
 from thresher.methods.block_skim import BlockSkim, BlockSkimPolicy
 from thresher.methods.length_adaptive import LengthAdaptive, LengthAdaptivePolicy
 from thresher.methods.ltp import LTP, LTPPolicy, RelativeThreshold, RisingThreshold, ThresholdPolicy
+from thresher.methods.pooling import Pooling, PoolingPolicy
 from thresher.methods.power_bert import PowerBert, PowerBertPolicy
 from thresher.methods.retention import (
     AttentionMass,
@@ -18,11 +20,13 @@ from thresher.methods.retention import (
     RandomTokens,
     RetentionPolicy,
 )
+from thresher.methods.tr_bert import TRBert, TRBertPolicy
 from thresher.methods.transkimmer import Transkimmer, TranskimmerPolicy
 from thresher.policy import Geometry, Policy, PolicyConfig
 
 METHODS: dict[type[PolicyConfig], type[Policy[Any]]] = {
     ASE: ASEPolicy,
+    AdapLeR: AdapLeRPolicy,
     AttentionMass: RetentionPolicy,
     BlockSkim: BlockSkimPolicy,
     CascadeTopK: RetentionPolicy,
@@ -30,10 +34,12 @@ METHODS: dict[type[PolicyConfig], type[Policy[Any]]] = {
     LastTokens: RetentionPolicy,
     LTP: LTPPolicy,
     LengthAdaptive: LengthAdaptivePolicy,
+    Pooling: PoolingPolicy,
     PowerBert: PowerBertPolicy,
     RandomTokens: RetentionPolicy,
     RelativeThreshold: ThresholdPolicy,
     RisingThreshold: ThresholdPolicy,
+    TRBert: TRBertPolicy,
     Transkimmer: TranskimmerPolicy,
 }
 

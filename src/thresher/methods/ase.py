@@ -13,8 +13,8 @@ from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from thresher.attention import Wanted
 from thresher.errors import OptionError, nearest
+from thresher.evidence import Wanted
 from thresher.methods.retention import Retention, RetentionPolicy
 from thresher.packed import PackedTokens
 from thresher.parts.rules import keep_share_of_segments
@@ -39,6 +39,7 @@ class ASE(Retention):
 
     method: ClassVar[str] = "ase"
     searches: ClassVar[Literal["", "before", "after"]] = "before"
+    serves: ClassVar[Literal["any", "pairs", "answers"]] = "pairs"
     alpha_context: float = 0.2
     alpha_response: float = 0.5
     budget: Budget = "shared"

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thresher.attention import NOTHING, Evidence, Wanted
 from thresher.errors import OptionError, nearest
+from thresher.evidence import NOTHING, Evidence, Wanted
 from thresher.packed import PackedTokens, being_exported
 from thresher.parts.blocks import Blocks
 from thresher.parts.rules import margin
@@ -48,6 +48,7 @@ class BlockSkim(PolicyConfig):
     """
 
     method: ClassVar[str] = "block-skim"
+    serves: ClassVar[Literal["any", "pairs", "answers"]] = "answers"
     block: int = 32
     full_map: bool = False
     layers: tuple[int, ...] | None = None

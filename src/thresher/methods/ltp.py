@@ -14,8 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from thresher.attention import NOTHING, Evidence, Wanted
 from thresher.errors import OptionError
+from thresher.evidence import NOTHING, Evidence, Wanted
 from thresher.packed import PackedTokens
 from thresher.parts.rules import keep_above
 from thresher.parts.scores import attention_mass, relative

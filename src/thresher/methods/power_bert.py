@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from thresher.attention import Evidence, Wanted
 from thresher.errors import OptionError
+from thresher.evidence import Evidence, Wanted
 from thresher.methods.retention import Retention, RetentionPolicy
 from thresher.packed import PackedTokens
 from thresher.parts import scores

@@ -15,8 +15,8 @@ from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
-from thresher.attention import NOTHING, Evidence, Wanted
 from thresher.errors import OptionError
+from thresher.evidence import NOTHING, Evidence, Wanted
 from thresher.packed import PackedTokens
 from thresher.parts import scores
 from thresher.parts.rules import interpolate, keep_count, keep_fraction
@@ -116,6 +116,7 @@ class RandomTokens(Retention):
     """Keep random tokens: what every score has to beat."""
 
     method: ClassVar[str] = "random"
+    control: ClassVar[bool] = True
     exports: ClassVar[bool] = False  # its hash shifts bits of 64-bit integers, which ONNX does not
     score: ClassVar[str] = "random"
     seed: int = 0
@@ -129,6 +130,7 @@ class FirstTokens(Retention):
     """Keep the first tokens."""
 
     method: ClassVar[str] = "first"
+    control: ClassVar[bool] = True
     score: ClassVar[str] = "first"
 
 
@@ -137,6 +139,7 @@ class LastTokens(Retention):
     """Keep the last tokens (and the first one, which heads read)."""
 
     method: ClassVar[str] = "last"
+    control: ClassVar[bool] = True
     score: ClassVar[str] = "last"
 
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thresher.attention import Evidence
 from thresher.errors import OptionError
+from thresher.evidence import Evidence
 from thresher.packed import PackedTokens
 from thresher.parts.rules import margin
 from thresher.policy import Batch, Geometry, Point, Policy, PolicyConfig, Stage, Trace

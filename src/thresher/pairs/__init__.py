@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from thresher.pairs.cross import CrossConfig, CrossEncoder
     from thresher.pairs.deformer import DeFormer, DeFormerConfig
     from thresher.pairs.dual import DualConfig, DualEncoder
+    from thresher.pairs.evaluation import Ranked, evaluate, evaluate_corpus
+    from thresher.pairs.flops import PairFlops, pair_flops
     from thresher.pairs.keeping import Added, Index
     from thresher.pairs.learning import train
     from thresher.pairs.losses import PairLearner, PairLoss
@@ -30,6 +32,8 @@ _HOME = {
     "cross": ("CrossConfig", "CrossEncoder"),
     "deformer": ("DeFormer", "DeFormerConfig"),
     "dual": ("DualConfig", "DualEncoder"),
+    "evaluation": ("Ranked", "evaluate", "evaluate_corpus"),
+    "flops": ("PairFlops", "pair_flops"),
     "keeping": ("Added", "Index"),
     "learning": ("train",),
     "losses": ("PairLearner", "PairLoss"),
@@ -59,15 +63,20 @@ __all__ = [
     "Index",
     "MixEncoder",
     "MixEncoderConfig",
+    "PairFlops",
     "PairLearner",
     "PairLoss",
     "PolyConfig",
     "PolyEncoder",
+    "Ranked",
     "Reranker",
     "Scorer",
     "ScorerConfig",
     "VIRTConfig",
+    "evaluate",
+    "evaluate_corpus",
     "load",
+    "pair_flops",
     "save",
     "train",
 ]

@@ -23,10 +23,12 @@ class Block:
     """The vectors of some candidates, side by side.
 
     values: [T, d] float32 (of a cross-encoder token ids, [T, 1] int32). sizes: how many of them each candidate has; none has 0.
+    terms: [N, M] int32, what `Lexical` compares with a query's tokens; None where the scorer has no lexical signal.
     """
 
     values: Tensor
     sizes: list[int]
+    terms: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -52,7 +54,8 @@ class Block:
 
     def select(self, index: Sequence[int]) -> Block:
         rows = self.rows()
-        return Block(torch.cat([rows[i] for i in index]), [self.sizes[i] for i in index])
+        terms = None if self.terms is None else self.terms[list(index)]
+        return Block(torch.cat([rows[i] for i in index]), [self.sizes[i] for i in index], terms)
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Cache:
     signature: the kind and the settings of the scorer that made it; another scorer refuses it.
     scales: [T] float32 for int8, else None.
     cut: how many candidates were longer than the limit and were cut.
+    terms: [N, M] int32, each candidate's strongest tokens (see `thresher.pairs.lexical`), or None.
     """
 
     ids: tuple[Id, ...]
@@ -73,6 +77,7 @@ class Cache:
     signature: str
     scales: Tensor | None = None
     cut: int = 0
+    terms: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_ids(self.ids)
@@ -91,9 +96,8 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the vectors and their scales."""
-        scales = 0 if self.scales is None else self.scales.nbytes
-        return self.data.nbytes + scales
+        """Bytes of the vectors, their scales and the terms."""
+        return self.data.nbytes + sum(x.nbytes for x in (self.scales, self.terms) if x is not None)
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -114,7 +118,8 @@ class Cache:
         """The candidates start..stop-1 as they are computed with."""
         first, last = self._starts[start], self._starts[min(stop, len(self))]
         values = _values(self.data[first:last], None if self.scales is None else self.scales[first:last])
-        return Block(values.to(device), self.lengths[start:stop].tolist())
+        terms = None if self.terms is None else self.terms[start:stop].to(device)
+        return Block(values.to(device), self.lengths[start:stop].tolist(), terms)
 
     def blocks(self, size: int, device: torch.device | None = None) -> Iterator[Block]:
         """All candidates, `size` at a time (the last one may hold fewer)."""
@@ -134,7 +139,8 @@ class Cache:
         places = [self._place(name) for name in check_ids(tuple(ids))]
         index = torch.cat([torch.arange(self._starts[p], self._starts[p + 1]) for p in places]).to(self.data.device)
         scales = None if self.scales is None else self.scales[index]
-        return Cache(tuple(ids), self.data[index], self.lengths[places], self.signature, scales)
+        terms = None if self.terms is None else self.terms[places]
+        return Cache(tuple(ids), self.data[index], self.lengths[places], self.signature, scales, terms=terms)
 
     def _place(self, name: Id) -> int:
         found = self._places.get(name)
@@ -185,6 +191,7 @@ class Cache:
                     f"{first.storage}."
                 )
         scales = [c.scales for c in caches if c.scales is not None]
+        terms = [c.terms for c in caches if c.terms is not None]
         return Cache(
             tuple(name for c in caches for name in c.ids),
             torch.cat([c.data for c in caches]),
@@ -192,6 +199,7 @@ class Cache:
             first.signature,
             torch.cat(scales) if scales else None,
             sum(c.cut for c in caches),
+            torch.cat(terms) if terms else None,
         )
 
 

@@ -69,6 +69,12 @@ class ColBERT(Scorer[ColBERTConfig]):
         assert states is not None
         return Block(F.normalize(self.project(states.hidden), dim=-1), states.sizes)
 
+    def ask_flops(self, query: Query, n: int) -> int:
+        return 2 * query[0].numel() * self.project.in_features
+
+    def match_flops(self, query: Query, block: Block) -> int:
+        return 2 * len(block.values) * query[0].numel()
+
     def match(self, query: Query, block: Block) -> Tensor:
         """The sum over the query's vectors of the largest product with one of the candidate's (section 3.3)."""
         (vectors,) = query

@@ -27,6 +27,11 @@ class CrossConfig(ScorerConfig):
 
     kind: ClassVar[str] = "cross"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lexical:
+            raise OptionError("A cross-encoder reads the tokens themselves; leave lexical at 0.")
+
 
 class CrossEncoder(Scorer[CrossConfig]):
     """Keeps token ids [n_i, 1] of a candidate and [n] of a query. A policy on the encoder reduces the pairs.
@@ -37,6 +42,7 @@ class CrossEncoder(Scorer[CrossConfig]):
 
     config_class = CrossConfig
     chunk = 256
+    joint = True
 
     def __init__(self, encoder: Any, tokenizer: Any, config: CrossConfig) -> None:
         super().__init__(encoder, tokenizer, config)

@@ -13,6 +13,8 @@ from torch import Tensor
 from thresher.attention import attend
 from thresher.backbones.opened import open_layers
 from thresher.errors import OptionError
+from thresher.measure.layer import layer_flops
+from thresher.model import attachment_of
 from thresher.packed import Layout, PackedTokens
 from thresher.pairs.cache import Block
 from thresher.pairs.heads import JointHead
@@ -72,6 +74,11 @@ class DeFormer(Scorer[DeFormerConfig]):
         types = [[kind] * len(row) for row in rows]
         reading = read(self.encoder, rows, types=types, entering=(first,), last=False, reduced=reduced)
         return Block(reading.entering[first].hidden, reading.entering[first].sizes)
+
+    def match_flops(self, query: Query, block: Block) -> int:
+        geometry = attachment_of(self.encoder).engine.entrance.geometry
+        lengths = [len(query[0]) + size for size in block.sizes]
+        return (len(self.layers) - self.lower) * sum(layer_flops(geometry, n, n) for n in lengths)
 
     def match(self, query: Query, block: Block) -> Tensor:
         *_, (states, sizes) = self.upper(query, block)

@@ -52,6 +52,9 @@ class DualEncoder(Scorer[DualConfig]):
         assert states is not None
         return states.first() if self.config.pooling == "cls" else states.mean()
 
+    def match_flops(self, query: Query, block: Block) -> int:
+        return len(block) * self.head.flops
+
     def match(self, query: Query, block: Block) -> Tensor:
         (vector,) = query
         if self.head.mlp is None and self.config.similarity == "dot":

@@ -26,10 +26,16 @@ class PairHead(nn.Module):
     def __init__(self, size: int, classes: int, similarity: Similarity = "dot") -> None:
         super().__init__()
         check_choice("similarity", similarity, Similarity)
+        self.size = size
         self.similarity = similarity
         self.mlp = None
         if classes:
             self.mlp = nn.Sequential(nn.Linear(3 * size, size), nn.GELU(), nn.Linear(size, classes))
+
+    @property
+    def flops(self) -> int:
+        """Of one pair of vectors; a learned head's are left out, as everywhere."""
+        return 2 * self.size if self.mlp is None else 0
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """a, b: [N, D] → [N], or [N, C] for C > 1 classes."""

@@ -69,6 +69,18 @@ class Interaction(nn.Module):
             return new_e, None
         return new_e, self._gated(e.mean(1), done[-count:], h, linears)
 
+    def flops(self, layer: OpenedLayer, k: int, n: int) -> int:
+        """Of one candidate of k vectors and a query of n tokens."""
+        size, wide = self.project.in_features, layer.up.out_features
+        vectors = k * self.use_e + (self.gate is not None)
+        spent = 2 * k * self.project.weight.numel() + 2 * k * n * size  # Q', K', V', and the logits of the query's keys
+        if self.use_e:
+            spent += 4 * k * k * size + 2 * k * n * size
+        if self.gate is not None:
+            spent += 2 * n * size + 2 * self.gate.weight.numel()
+            spent += 2 * n * size if self.residual == "attended" else 0
+        return spent + vectors * (2 * size * size + 4 * size * wide)
+
     def _dropped(self, layer: OpenedLayer, attention: Tensor) -> Tensor:
         return F.dropout(attention, layer.dropout.p) if layer.dropout.training else attention
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from thresher.errors import DataError, OptionError
+from thresher.errors import DataError, OptionError, StoreError
 from thresher.pairs.cache import Block, check_ids
 from thresher.pairs.scorer import TOKENS, Scorer
 from thresher.pairs.store import Candidates, CandidateStore
@@ -23,6 +23,7 @@ from thresher.pairs.texts import Text
 
 BATCH = 2048  # candidates encoded and committed at a time: what an interruption loses at most
 CUT = "longer than the limit"
+TERMS = "terms"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ class Added:
     new: int
     there: int
     cut: int
+
+    def warn(self) -> None:
+        """Warn of candidates that were cut, on behalf of the caller's caller."""
+        if self.cut:
+            were = "was" if self.cut == 1 else "were"
+            warnings.warn(f"{self.cut} of {self.new} candidates {were} {CUT} and {were} cut.", stacklevel=3)
 
 
 class Index:
@@ -62,6 +69,7 @@ class Index:
             dim=dim,
             dtype=dtype,
             ragged=ragged,
+            extras={TERMS: ((scorer.config.lexical,), "int32")} if scorer.config.lexical else None,
         )
         return cls(scorer, store)
 
@@ -69,6 +77,8 @@ class Index:
     def open(cls, scorer: Scorer[Any], directory: str | Path, *, dtype: str | None = None) -> Index:
         """The store in `directory`. Raises StoreError where another scorer, or this one with other weights, filled it, or where
         it keeps another dtype than the one that is given."""
+        if scorer.config.lexical:
+            _check_terms(directory)
         store = CandidateStore.open(directory, scorer.fingerprint(), strategy=scorer.signature, dtype=dtype)
         return cls(scorer, store)
 
@@ -119,10 +129,9 @@ class Index:
             there += len(given) - len(missing)
             if on_done is not None:
                 on_done(len(given))
-        if cut:
-            were = "was" if cut == 1 else "were"
-            warnings.warn(f"{cut} of {new} candidates {were} {CUT} and {were} cut.", stacklevel=2)
-        return Added(new, there, cut)
+        added = Added(new, there, cut)
+        added.warn()
+        return added
 
     def _keep(self, candidates: Sequence[tuple[str, Text]], batch_tokens: int) -> int:
         """Encode and commit; how many were cut."""
@@ -130,12 +139,19 @@ class Index:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=f".*{CUT}")  # counted, and said once for all batches
             cache = self.scorer.encode_candidates(texts, batch_tokens=batch_tokens)
-        data = cache.data.numpy()
-        if self.store.schema.ragged:
-            self.store.add(names, data, lengths=cache.lengths.numpy())
-        else:
-            self.store.add(names, data.reshape(len(names), -1, data.shape[-1]))
+        self.put(names, cache.data.numpy(), cache.lengths.numpy(), None if cache.terms is None else cache.terms.numpy())
         return cache.cut
+
+    def put(self, names: Sequence[str], data: np.ndarray, lengths: np.ndarray, terms: np.ndarray | None) -> None:
+        """Commit candidates that this scorer encoded, wherever that was: data [T, d] float32, lengths [N], terms [N, M].
+
+        Raises StoreError as `CandidateStore.add` does.
+        """
+        extras = None if terms is None else {TERMS: terms}
+        if self.store.schema.ragged:
+            self.store.add(names, data, lengths=lengths, extras=extras)
+        else:
+            self.store.add(names, data.reshape(len(names), -1, data.shape[-1]), extras=extras)
 
     def score(self, query: Text, ids: Sequence[str] | None = None, *, chunk: int | None = None) -> Tensor:
         """[N] float32 on the scorer's device, in the order of `ids`, or else of `store.ids()`; [N, C] logits where the scorer
@@ -146,7 +162,7 @@ class Index:
         Raises DataError for no candidates or an id given twice, StoreError for one that is not there, OptionError for a chunk
         below 1.
         """
-        return self.scorer.score_blocks(query, self._blocks(ids, chunk, []))
+        return self.scorer.score_blocks(query, self.blocks(ids, chunk))
 
     def rank(
         self, query: Text, k: int | None = 10, ids: Sequence[str] | None = None, *, chunk: int | None = None
@@ -161,18 +177,21 @@ class Index:
         if self.scorer.config.classes > 1:
             raise OptionError(f"A scorer of {self.scorer.config.classes} classes does not rank; use score.")
         names: list[Sequence[str]] = []
-        scores = self.scorer.score_blocks(query, self._blocks(ids, chunk, names)).flatten()
+        scores = self.scorer.score_blocks(query, self.blocks(ids, chunk, names)).flatten()
         return _best(scores.cpu().numpy(), names, k)
 
-    def _blocks(self, ids: Sequence[str] | None, chunk: int | None, names: list[Sequence[str]]) -> Iterator[Block]:
-        """The candidates chunk by chunk, as they are matched; the ids of each chunk go into `names`."""
+    def blocks(
+        self, ids: Sequence[str] | None = None, chunk: int | None = None, names: list[Sequence[str]] | None = None
+    ) -> Iterator[Block]:
+        """The candidates chunk by chunk, as they are matched, on the scorer's device; the ids of each chunk go into `names`."""
         size = self.scorer.chunk if chunk is None else chunk
         if size < 1:
             raise OptionError(f"A chunk has at least 1 candidate, not {size}.")
         if ids is not None:
             check_ids(tuple(ids))
         for found in self.store.chunks(size, ids, stored=True):
-            names.append(found.ids)
+            if names is not None:
+                names.append(found.ids)
             yield _block(found, self.scorer.device)
 
 
@@ -186,6 +205,16 @@ def _shape(scorer: Scorer[Any]) -> tuple[int, int, bool]:
         )
     few, many = tried.lengths.tolist()
     return (few if few == many else scorer.config.max_candidate), tried.data.shape[-1], few != many
+
+
+def _check_terms(directory: str | Path) -> None:
+    """Raises StoreError for a store that keeps no terms."""
+    with CandidateStore.open(directory) as store:
+        if not any(field.name == TERMS for field in store.schema.extras):
+            raise StoreError(
+                f"{directory} was built without the terms that this scorer compares (lexical); index the candidates again "
+                "with it, or take the scorer that the store was built with."
+            )
 
 
 def _check_new(candidates: Sequence[tuple[str, Text]], seen: set[str]) -> None:
@@ -208,7 +237,8 @@ def _block(found: Candidates, device: torch.device) -> Block:
         values = values * _tensor(found.scales[VECTORS], device).view(-1, 1)
     count = len(found)
     sizes = [len(values) // count] * count if found.lengths is None else found.lengths.tolist()
-    return Block(values, sizes)
+    terms = _tensor(found.extras[TERMS], device) if TERMS in found.extras else None
+    return Block(values, sizes, terms)
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> Tensor:

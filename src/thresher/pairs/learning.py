@@ -152,11 +152,14 @@ def train(
     hard: the most wrong candidates of its own that a query brings; None for all.
     batch_size: queries a step. dropout: whether the encoder's own is on.
     arguments: anything else transformers.TrainingArguments takes (gradient_accumulation_steps, max_steps, use_cpu, ...).
+    A scorer with a lexical signal counts its document frequencies over the candidates of `rows`.
     A policy on the encoder acts as it is set and is not itself trained.
     Raises DataError for rows that cannot be learned from, OptionError for settings that do not fit, or when `directory` holds
     an unfinished run with others.
     """
     found = examples(scorer, rows, hard=hard, seed=seed)
+    if scorer.lexical is not None:
+        scorer.lexical.count(text for example in found.made for text in example.candidates)
     learner = _Learner(scorer, _settled(loss or PairLoss(), found.made), teacher)
     learner.dropout = dropout
     given = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from thresher.errors import OptionError
 from thresher.pairs.cache import Block
-from thresher.pairs.scorer import Query, Scorer
+from thresher.pairs.scorer import Asked, Scorer
 
 NO_TOKEN = -1  # beyond a row's end in a batch
 
@@ -79,8 +79,8 @@ class PairLearner(nn.Module):
         self, queries: Tensor, candidates: Tensor, owners: Tensor, targets: Tensor, labels: Tensor, hidden: Tensor
     ) -> dict[str, Tensor]:
         query_rows, candidate_rows = _rows(queries), _rows(candidates)
-        asked = self.scorer.query_states(query_rows)
-        block = self.scorer.candidate_states(candidate_rows)
+        asked = self.scorer.ask(query_rows)
+        block = self.scorer.offer(candidate_rows)
         own = [[c for c, owner in enumerate(owners.tolist()) if owner == b] for b in range(len(asked))]
         loss = queries.new_zeros((), dtype=torch.float32)
         if self.loss.label_weight:
@@ -96,7 +96,7 @@ class PairLearner(nn.Module):
         return {"loss": loss}
 
     def _from_ranks(
-        self, asked: list[Query], block: Block, own: list[list[int]], targets: list[int], hidden: list[list[bool]]
+        self, asked: list[Asked], block: Block, own: list[list[int]], targets: list[int], hidden: list[list[bool]]
     ) -> Tensor:
         """Cross entropy of the right candidate among its query's own and those that the batch brought (in-batch negatives)."""
         losses = []
@@ -106,13 +106,15 @@ class PairLearner(nn.Module):
             picked = kept + (others if self.loss.negatives is None else others[: self.loss.negatives])
             picked.sort()
             part = block if len(picked) == len(block) else block.select(picked)
-            scores = self.scorer.match(query, part).float() / self.loss.temperature
+            scores = self.scorer.compare(query, part).float() / self.loss.temperature
             losses.append(-scores.log_softmax(0)[picked.index(targets[b])])
         return torch.stack(losses).mean()
 
-    def _from_labels(self, asked: list[Query], block: Block, own: list[list[int]], labels: Tensor) -> Tensor:
+    def _from_labels(self, asked: list[Asked], block: Block, own: list[list[int]], labels: Tensor) -> Tensor:
         """Cross entropy of classes; of one logit what `PairLoss.numbers` says."""
-        said = torch.cat([self.scorer.match(query, block.select(mine)) for query, mine in zip(asked, own, strict=True)])
+        said = torch.cat(
+            [self.scorer.compare(query, block.select(mine)) for query, mine in zip(asked, own, strict=True)]
+        )
         wanted = labels[[c for mine in own for c in mine]]
         if self.scorer.config.classes > 1:
             return F.cross_entropy(said.float(), wanted.long())
@@ -122,7 +124,7 @@ class PairLearner(nn.Module):
 
     def _from_teacher(
         self,
-        asked: list[Query],
+        asked: list[Asked],
         block: Block,
         own: list[list[int]],
         query_rows: list[list[int]],
@@ -137,7 +139,7 @@ class PairLearner(nn.Module):
         classes, losses, pairs = self.scorer.config.classes, [], []
         for b, (query, mine) in enumerate(zip(asked, own, strict=True)):
             compared = mine if classes or len(mine) > 1 else [*mine, *_after(len(block), mine)[:1]]
-            ours = self.scorer.match(query, block.select(compared)).float()
+            ours = self.scorer.compare(query, block.select(compared)).float()
             texts = [self._content(candidate_rows[c], self.scorer.candidate_room()) for c in compared]
             text = self._content(query_rows[b], self.scorer.query_room())
             with torch.no_grad():
@@ -167,9 +169,9 @@ class PairLearner(nn.Module):
 
 def _taught(teacher: Scorer[Any], query: list[int], candidates: list[list[int]]) -> Tensor:
     rows = [[*teacher.query_room()[0], *query, *teacher.query_room()[1]]]
-    (state,) = teacher.query_states(rows)
+    (asked,) = teacher.ask(rows)
     before, after = teacher.candidate_room()
-    return teacher.match(state, teacher.candidate_states([[*before, *one, *after] for one in candidates]))
+    return teacher.compare(asked, teacher.offer([[*before, *one, *after] for one in candidates]))
 
 
 def _check_teacher(scorer: Scorer[Any], teacher: Scorer[Any]) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from itertools import pairwise
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,9 @@ from thresher.pairs.layers import Linears, by_head
 from thresher.pairs.reading import States, read, watch
 from thresher.pairs.scorer import Query, Scorer, ScorerConfig
 
-Strategy = Literal["S", "C"]
+Strategy = Literal["S", "C", "M"]
+Start = Literal["paper", "dual"]
+SHARE = 0.1  # of what interacted, where a scorer starts as a dual-encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,11 @@ class MixEncoderConfig(ScorerConfig):
 
     k: vectors kept of a candidate.
     layers: the interaction layers, counted from the last: -1 the last, -2 the one before it; or from 1, the first.
-    strategy: "S", the outputs of k learned vectors read in place of [CLS]; "C", k codes that attend over a candidate's states.
+    strategy: "S", the outputs of k learned vectors read in place of [CLS]; "C", k codes that attend over a candidate's states;
+        "M", the means of k equal pieces of these states (k = 1: of all of them), which have no weights to learn.
+    start: "paper", the head compares H and E alone; "dual", it compares the query's mean state + a H and the mean of what was
+        kept + b E, a and b learned and small at first, so that with strategy "M" and cosine a sentence encoder starts about
+        as good as it is.
     similarity: "dot" as the released code, "cosine" as the paper's 3.2. With classes an MLP on [h; e; |h - e|] instead.
     use_h: False for the ablation without H (table 3): the query is its [CLS] state, the same for every candidate.
     use_e: False for the ablation without E: a candidate stays what was kept of it.
@@ -44,6 +51,7 @@ class MixEncoderConfig(ScorerConfig):
     k: int = 1
     layers: tuple[int, ...] = (-1,)
     strategy: Strategy = "S"
+    start: Start = "paper"
     similarity: Similarity = "dot"
     use_h: bool = True
     use_e: bool = True
@@ -52,6 +60,7 @@ class MixEncoderConfig(ScorerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("strategy", self.strategy, Strategy)
+        check_choice("start", self.start, Start)
         check_choice("similarity", self.similarity, Similarity)
         check_choice("residual", self.residual, Residual)
         if self.k < 1:
@@ -88,7 +97,8 @@ class MixEncoderConfig(ScorerConfig):
 
 class MixEncoder(Scorer[MixEncoderConfig]):
     """Keeps [k, D] of a candidate; of a query, for each interaction layer, its keys and values [H, n, d] and the states [n, D]
-    that entered the layer, and without H its [CLS] state [D]."""
+    that entered the layer; last, where the head needs it, a state of its own [D]: without H the [CLS] state, started as a
+    dual-encoder the mean of all."""
 
     config_class = MixEncoderConfig
     chunk = 512
@@ -101,7 +111,8 @@ class MixEncoder(Scorer[MixEncoderConfig]):
         self.opened: tuple[OpenedLayer, ...] = tuple(layers[number - 1] for number in self.numbers)
         self.linears = Linears(encoder)
         size = encoder.config.hidden_size
-        self.context = _first_states(encoder, tokenizer, config) if config.strategy == "S" else _codes(config.k, size)
+        self.context = _context(encoder, tokenizer, config)
+        self.share = nn.Parameter(torch.full((2,), SHARE)) if config.start == "dual" else None
         self.interactions = nn.ModuleList(
             Interaction(layer, size, use_h=config.use_h, use_e=config.use_e, residual=config.residual)
             for layer in self.opened
@@ -124,20 +135,33 @@ class MixEncoder(Scorer[MixEncoderConfig]):
         else:
             states = read(self.encoder, rows).last
             assert states is not None
-            kept = [torch.softmax(self.context @ row.T, -1) @ row for row in states.rows()]
+            kept = [self._pooled(row) for row in states.rows()]
         return Block(torch.cat(kept), [k] * len(rows))
 
+    def _pooled(self, row: Tensor) -> Tensor:
+        """[n, D] → [k, D]"""
+        if self.context is not None:
+            return torch.softmax(self.context @ row.T, -1) @ row
+        starts = [i * len(row) // self.config.k for i in range(self.config.k + 1)]
+        return torch.stack([row[a : max(b, a + 1)].mean(0) for a, b in pairwise(starts)])
+
+    @property
+    def _whole(self) -> bool:
+        """Whether a query is read to the end, for a state of its own."""
+        return self.share is not None or not self.config.use_h
+
     def query_states(self, rows: Sequence[Sequence[int]]) -> list[Query]:
-        reading = read(self.encoder, rows, entering=self.numbers, last=not self.config.use_h, reduced=True)
+        reading = read(self.encoder, rows, entering=self.numbers, last=self._whole, reduced=True)
         layers = [
             self._keys_and_values(layer, reading.entering[number])
             for layer, number in zip(self.opened, self.numbers, strict=True)
         ]
         queries = [tuple(x for layer in layers for x in layer[row]) for row in range(len(rows))]
-        if self.config.use_h:
+        if not self._whole:
             return queries
         assert reading.last is not None
-        return [(*query, first) for query, first in zip(queries, reading.last.first(), strict=True)]
+        own = reading.last.first() if self.share is None else reading.last.mean()
+        return [(*query, state) for query, state in zip(queries, own, strict=True)]
 
     def _keys_and_values(self, layer: OpenedLayer, states: States) -> list[tuple[Tensor, Tensor, Tensor]]:
         """For each query its keys and values [H, n, d] and its states [n, D]."""
@@ -145,25 +169,40 @@ class MixEncoder(Scorer[MixEncoderConfig]):
         key, value = (x.split(states.sizes, 1) for x in both)
         return list(zip(key, value, states.rows(), strict=True))
 
+    def ask_flops(self, query: Query, n: int) -> int:
+        read = [states.shape[0] for states in query[2 : 3 * len(self.opened) : 3]]
+        return sum(4 * tokens * layer.key.weight.numel() for tokens, layer in zip(read, self.opened, strict=True))
+
+    def match_flops(self, query: Query, block: Block) -> int:
+        lengths = [states.shape[0] for states in query[2 : 3 * len(self.opened) : 3]]
+        each = sum(
+            cast(Interaction, interaction).flops(layer, self.config.k, n)
+            for interaction, layer, n in zip(self.interactions, self.opened, lengths, strict=True)
+        )
+        return len(block) * (each + self.head.flops)
+
     def match(self, query: Query, block: Block) -> Tensor:
         e, h = block.dense, None
         for number, interaction in enumerate(self.interactions):
             key, value, states = query[3 * number : 3 * number + 3]
             e, h = interaction(self.opened[number], self.linears, key, value, states, e, h)
         candidate = e.mean(1)
-        return self.head(query[-1].expand_as(candidate) if h is None else h, candidate)  # type: ignore[no-any-return]
+        asked = query[-1].expand_as(candidate) if h is None else h
+        if self.share is not None:
+            asked = asked if h is None else query[-1] + self.share[0] * h
+            candidate = block.dense.mean(1) + self.share[1] * candidate if self.config.use_e else candidate
+        return self.head(asked, candidate)  # type: ignore[no-any-return]
 
 
-def _first_states(encoder: Any, tokenizer: Any, config: MixEncoderConfig) -> nn.Parameter:
-    """[k, E], the vectors of the S-strategy. They begin as [CLS], so that k = 1 begins as a dual-encoder; positions tell them
-    apart."""
+def _context(encoder: Any, tokenizer: Any, config: MixEncoderConfig) -> nn.Parameter | None:
+    """What a candidate is summed up with. S: [k, E], which begin as [CLS], so that k = 1 begins as a dual-encoder; positions
+    tell them apart. C: [k, D] codes (Humeau et al. 2020). M: nothing."""
+    if config.strategy == "M":
+        return None
+    if config.strategy == "C":
+        return nn.Parameter(torch.randn(config.k, encoder.config.hidden_size) * encoder.config.hidden_size**-0.5)
     if config.max_candidate <= config.k + 2:
         raise OptionError(f"max_candidate={config.max_candidate} has no room for a text beside k={config.k} vectors.")
     start = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
     word = encoder.get_input_embeddings().weight[start].detach()
     return nn.Parameter(word.repeat(config.k, 1))
-
-
-def _codes(k: int, size: int) -> nn.Parameter:
-    """[k, D], the codes of the C-strategy (Humeau et al. 2020)."""
-    return nn.Parameter(torch.randn(k, size) * size**-0.5)

@@ -54,6 +54,12 @@ class PolyEncoder(Scorer[PolyConfig]):
         assert states is not None
         return [(torch.softmax(self.codes @ row.T, -1) @ row,) for row in states.rows()]
 
+    def ask_flops(self, query: Query, n: int) -> int:
+        return 4 * query[0].numel() * n  # the codes over the states: logits, and the mixtures
+
+    def match_flops(self, query: Query, block: Block) -> int:
+        return len(block) * (4 * query[0].numel() + self.head.flops)
+
     def match(self, query: Query, block: Block) -> Tensor:
         (views,) = query
         mixture = torch.softmax(block.values @ views.T, -1) @ views  # [N, D]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -88,6 +88,20 @@ class _Capture:
             raise _Enough
 
 
+_watched: ContextVar[list[Trace] | None] = ContextVar("thresher_reading", default=None)
+
+
+@contextlib.contextmanager
+def passes() -> Iterator[list[Trace]]:
+    """Collect the trace of every `read` inside the block, by this thread."""
+    found: list[Trace] = []
+    token = _watched.set(found)
+    try:
+        yield found
+    finally:
+        _watched.reset(token)
+
+
 _capturing: ContextVar[_Capture | None] = ContextVar("thresher_capturing", default=None)
 
 
@@ -132,10 +146,13 @@ def read(
     capture = _Capture(entering, mask, stop=not last)
     policy = attachment_of(encoder).policy
     drops = reduced and policy is not None and policy.mode != "off"
+    watched = _watched.get()
     with contextlib.ExitStack() as stack:
-        if drops:
-            capture.traces = stack.enter_context(tracing(record=True))
-        elif not reduced:
+        if drops or watched is not None:
+            traces = stack.enter_context(tracing(record=drops))
+            capture.traces = traces if drops else None
+            stack.callback(lambda: None if watched is None else watched.extend(traces))
+        if not drops and not reduced:
             stack.enter_context(keep_everything())
         token = _capturing.set(capture)
         try:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from thresher.errors import CheckpointError, DataError, OptionError, nearest
 from thresher.model import attach, evaluating, is_attached
 from thresher.pairs.cache import Block, Cache, Id, Storage
+from thresher.pairs.lexical import Lexical
 from thresher.pairs.reading import longest
 from thresher.pairs.texts import Frame, Text, tokens_of
 from thresher.policy import PolicyConfig
@@ -29,6 +30,14 @@ Query = tuple[Tensor, ...]
 """What a scorer keeps of one query while candidates are matched against it; which tensors, each scorer says."""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """One query, ready to be compared. states: as `query_states` gives them. shares: [V], `Lexical.asked`, or None."""
+
+    states: Query
+    shares: Tensor | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScorerConfig:
     """Settings that every scorer has.
@@ -37,6 +46,8 @@ class ScorerConfig:
         of.
     classes: 0 for a score that ranks; 1 for one learned from numbers; more for classification. From 1 on a head gives as many
         logits.
+    lexical: how many of a candidate's strongest tokens are kept beside its vectors, so that their overlap with the query's
+        adds to the score with a learned weight (`thresher.pairs.lexical`); 0 for none. 32 take 128 bytes a candidate.
     """
 
     kind: ClassVar[str] = ""
@@ -44,10 +55,15 @@ class ScorerConfig:
     max_query: int = 256
     max_candidate: int = 128
     classes: int = 0
+    lexical: int = 0
 
     def __post_init__(self) -> None:
         if self.classes < 0:
             raise OptionError(f"classes must be 0 or more, not {self.classes!r}.")
+        if self.lexical < 0 or (self.lexical and self.classes):
+            raise OptionError(
+                f"lexical={self.lexical!r} cannot be: it is 0 or more, and adds to a score, so that it goes with classes=0."
+            )
         for name in ("max_query", "max_candidate"):
             if getattr(self, name) < 4:
                 raise OptionError(f"{name} must be at least 4, not {getattr(self, name)!r}.")
@@ -79,11 +95,12 @@ class Scorer(nn.Module, Generic[ConfigT]):
     (`match`); the three are differentiable and what training runs. The encoder runs packed; a policy on it reduces queries
     (and the pairs that a joint reader reads), never what is cached of a candidate.
 
-    chunk: candidates matched at a time by default.
+    chunk: candidates matched at a time by default. joint: whether nothing is computed of a candidate before the query is there.
     """
 
     config_class: ClassVar[type[ScorerConfig]]
     chunk: ClassVar[int] = 1024
+    joint: ClassVar[bool] = False
 
     def __init__(self, encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ConfigT) -> None:
         """encoder: without a head; it is attached (packed, no policy) where it is not yet."""
@@ -99,6 +116,10 @@ class Scorer(nn.Module, Generic[ConfigT]):
         # What no scorer reads is not trained either: an optimizer would only let it decay.
         if isinstance(pooler := getattr(self.encoder, "pooler", None), nn.Module):
             pooler.requires_grad_(False)
+        self.lexical = None
+        if config.lexical:
+            vocabulary = max(len(tokenizer), len(encoder.get_input_embeddings().weight))  # type: ignore[arg-type]
+            self.lexical = Lexical(vocabulary, tokenizer.all_special_ids, config.lexical, config.max_candidate // 2)
 
     @classmethod
     def from_encoder(
@@ -139,6 +160,38 @@ class Scorer(nn.Module, Generic[ConfigT]):
     def candidate_room(self) -> tuple[list[int], list[int]]:
         """The special tokens before and after a candidate. Vectors that are put before it take room of their own."""
         return self.frame.before, self.frame.after
+
+    def ask_flops(self, query: Query, n: int) -> int:
+        """What reading a query costs beyond the encoder's passes, of which the last one ends with n tokens."""
+        return 0
+
+    def match_flops(self, query: Query, block: Block) -> int:
+        """What `match` costs; of a joint scorer its passes say it."""
+        raise NotImplementedError
+
+    # The same with the lexical signal, where the config has it.
+
+    def ask(self, rows: Sequence[Sequence[int]]) -> list[Asked]:
+        """Queries as `compare` takes them, given as `query_rows` frames them."""
+        states = self.query_states(rows)
+        if self.lexical is None:
+            return [Asked(one) for one in states]
+        return [Asked(one, self.lexical.asked(row)) for one, row in zip(states, rows, strict=True)]
+
+    def offer(self, rows: Sequence[Sequence[int]]) -> Block:
+        """Candidates as `compare` takes them, given as `candidate_rows` frames them."""
+        block = self.candidate_states(rows)
+        return block if self.lexical is None else replace(block, terms=self.lexical.terms(rows).to(self.device))
+
+    def compare(self, asked: Asked, block: Block) -> Tensor:
+        """[N] scores; [N, C] logits where the config has classes. Raises DataError for candidates kept without terms."""
+        scores = self.match(asked.states, block)
+        if self.lexical is None:
+            return scores
+        if block.terms is None or asked.shares is None:
+            raise DataError("This scorer compares terms, and the candidates were encoded without; encode them again.")
+        signal: Tensor = self.lexical(asked.shares, block.terms)
+        return scores + signal
 
     # What a caller does with it.
 
@@ -197,7 +250,7 @@ class Scorer(nn.Module, Generic[ConfigT]):
         if ids is not None and len(ids) != len(rows):
             raise DataError(f"{len(ids)} ids do not fit {len(rows)} candidates.")
         found: list[Tensor | None] = [None] * len(rows)
-        with self._answering():
+        with self.answering():
             for index in by_length([len(row) for row in rows], batch_tokens):
                 states = self.candidate_states([rows[i] for i in index])
                 for i, vectors in zip(index, states.values.cpu().split(states.sizes), strict=True):
@@ -205,7 +258,8 @@ class Scorer(nn.Module, Generic[ConfigT]):
         whole = [vectors for vectors in found if vectors is not None]
         data, lengths = torch.cat(whole), torch.tensor([len(v) for v in whole])
         names = tuple(range(len(rows)) if ids is None else ids)
-        cache = Cache(names, data, lengths, self.signature, cut=cut)
+        terms = None if self.lexical is None else self.lexical.terms(rows)
+        cache = Cache(names, data, lengths, self.signature, cut=cut, terms=terms)
         if data.is_floating_point():
             cache = cache.to(storage)
         if (notice := cache.notice()) is not None:
@@ -232,9 +286,9 @@ class Scorer(nn.Module, Generic[ConfigT]):
         rows, cut = self.query_rows([query])
         if cut:
             warnings.warn(f"The query is longer than {self.config.max_query} tokens and was cut.", stacklevel=3)
-        with self._answering():
-            (state,) = self.query_states(rows)
-            found = [self.match(state, block) for block in blocks]
+        with self.answering():
+            (asked,) = self.ask(rows)
+            found = [self.compare(asked, block) for block in blocks]
         if not found:
             raise DataError("There are no candidates; give at least one.")
         return torch.cat(found).to(torch.float32)
@@ -282,7 +336,7 @@ class Scorer(nn.Module, Generic[ConfigT]):
         save(self, directory)
 
     @contextlib.contextmanager
-    def _answering(self) -> Iterator[None]:
+    def answering(self) -> Iterator[None]:
         """eval mode and no gradients inside the block."""
         mode = evaluating(self) if self.training or self.encoder.training else contextlib.nullcontext()
         with mode, torch.inference_mode():

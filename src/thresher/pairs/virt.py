@@ -56,6 +56,11 @@ class VIRT(Scorer[VIRTConfig]):
         assert states is not None
         return [(row,) for row in states.rows()]
 
+    def match_flops(self, query: Query, block: Block) -> int:
+        (states,) = query
+        logits, seen = 2 * len(block.values) * states.numel(), 2 * block.values.numel()
+        return logits + seen + len(block) * (2 * states.numel() + self.head.flops)
+
     def match(self, query: Query, block: Block) -> Tensor:
         """Each side's tokens attend over the other side's states, and what they find is averaged: with X [n, D] of the query
         and Y [m, D] of a candidate, u = mean softmax(X Y^T / sqrt D) Y and v = mean softmax(Y X^T / sqrt D) X.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from thresher.attention import Evidence, Wanted
+from thresher.evidence import Evidence, Wanted
 from thresher.packed import PackedTokens
 
 Score = Callable[[PackedTokens, Evidence], Tensor]

@@ -27,7 +27,8 @@ class TokenMap:
 
     `tokens` are the surface pieces in order (see `surface_tokens`); `dropped_at[i]` is the layer, counted from 1,
     at which token `i` was dropped, or None when it was read to the end; `note` is a remark such as "positive, .98";
-    `answer` is [first, end) of the tokens that are the answer, where the answer is a piece of the text.
+    `answer` is [first, end) of the tokens that are the answer, where the answer is a piece of the text; `saliency` how much
+    each token matters, where that was asked for.
     """
 
     title: str
@@ -36,12 +37,15 @@ class TokenMap:
     layers: int
     note: str = ""
     answer: tuple[int, int] | None = None
+    saliency: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.dropped_at):
             raise ThresherError(
                 f"A token map needs one layer a token, got {len(self.tokens)} tokens and {len(self.dropped_at)} layers."
             )
+        if self.saliency is not None and len(self.saliency) != len(self.tokens):
+            raise ThresherError(f"A token map of {len(self.tokens)} tokens has {len(self.saliency)} saliencies.")
         if self.layers < 1 or any(d is not None and not 1 <= d <= self.layers for d in self.dropped_at):
             raise ThresherError(f"A token map's tokens are dropped at a layer from 1 to {self.layers}, or None (kept).")
 
@@ -156,8 +160,8 @@ def to_terminal(token_map: TokenMap) -> Text:
     return text
 
 
-def legend(layers: int) -> Text:
-    """The key to `to_terminal` for a model of so many layers."""
+def legend(layers: int, *, answer: bool = False) -> Text:
+    """The key to `to_terminal` for a model of so many layers. answer: whether one is marked."""
     with needs("rich"):
         from rich.text import Text
     text = Text()
@@ -166,6 +170,8 @@ def legend(layers: int) -> Text:
     for layer in range(1, layers + 1):
         text.append(" ")
         text.append(str(layer), _terminal_style(layer, layers))
+    if answer:
+        text.append("   ").append("the answer", "underline")
     return text
 
 
@@ -182,6 +188,7 @@ def map_view(token_map: TokenMap) -> dict[str, object]:
         "layers": token_map.layers,
         "total": len(token_map.tokens),
         "kept": token_map.kept,
+        "answer": token_map.answer is not None,
         "runs": [(run, f"{shade(run.dropped_at, token_map.layers):.2f}") for run in runs(token_map)],
         "plain": to_plain(token_map),
     }

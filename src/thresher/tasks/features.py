@@ -69,14 +69,11 @@ def encode_texts(
     """
     if not len(rows):
         raise DataError("There are no rows to encode.")
-    special = tokenizer.num_special_tokens_to_add(pair=len(columns) == 2)
-    limit = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH) if max_length is None else max_length
-    if limit <= special:
-        raise OptionError(f"A maximum length of {limit} leaves no room for text beside {special} special tokens.")
+    limit = length_limit(tokenizer, max_length, pair=len(columns) == 2)
     encoded, truncated, empty = [], 0, 0
     for start in range(0, len(rows), _BATCH):
         batch = rows[start : start + _BATCH]
-        texts = [_texts(batch[column], column, start) for column in columns]
+        texts = [texts_of(batch[column], column, start) for column in columns]
         empty += sum(not all(text.strip() for text in row) for row in zip(*texts, strict=True))
         features, cut = _tokenize(tokenizer, texts, limit)
         truncated += cut
@@ -89,7 +86,17 @@ def encode_texts(
     return EncodedRows(datasets.concatenate_datasets(encoded), limit, truncated, empty)
 
 
-def _texts(values: Sequence[Any], column: str, offset: int) -> list[str]:
+def length_limit(tokenizer: PreTrainedTokenizerBase, max_length: int | None, *, pair: bool = False) -> int:
+    """The most tokens of a row. Arguments and errors as in `encode_texts`."""
+    special = tokenizer.num_special_tokens_to_add(pair=pair)
+    limit = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH) if max_length is None else max_length
+    if limit <= special:
+        raise OptionError(f"A maximum length of {limit} leaves no room for text beside {special} special tokens.")
+    return limit
+
+
+def texts_of(values: Sequence[Any], column: str, offset: int) -> list[str]:
+    """The texts of a column, of which the first is row `offset` (from 0). Errors as in `encode_texts`."""
     for row, value in enumerate(values, start=offset + 1):
         if not isinstance(value, str | int | float | None):
             raise DataError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from thresher.tasks.question_files import NOWHERE, SUFFIXES, RawQuestion, raw_qu
 
 _BATCH = 1000  # questions handled at a time, so that only one batch is ever held as Python lists
 _SHOWN = 5  # ids of skipped rows that are named
+OnBad = Callable[[str, str], object]
 _TEXT = datasets.Value("string")
 _NUMBER = datasets.Value("int64")
 # Declared, because a batch of questions without answers would not show them.
@@ -48,6 +49,7 @@ def load_questions(
     seed: int | None = None,
     labelled: bool | None = True,
     skip_bad: bool = False,
+    on_bad: OnBad | None = None,
 ) -> datasets.Dataset:
     """Read questions, and on request shuffle them and keep the first few.
 
@@ -55,7 +57,7 @@ def load_questions(
         source: what `load_rows` takes, with columns that `questions` knows; or a .json or .jsonl file, also .gz, in the
             layout of SQuAD (1.1 or 2.0), MRQA or HotpotQA (see `read_questions`).
         split, limit, seed: as in `load_rows`; a limit counts questions.
-        labelled, skip_bad: as in `questions`.
+        labelled, skip_bad, on_bad: as in `questions`.
 
     Returns:
         The columns id, question, context, answers and evidence, see `questions`.
@@ -68,15 +70,22 @@ def load_questions(
         raise OptionError(f"The limit on questions must be at least 1, not {limit}.")
     file = local_file(source, split)
     if file is not None and file.name.lower().endswith(SUFFIXES):
-        rows = _collect(read_questions(file), f"{file}, ", labelled, skip_bad, f"{file} holds no questions.")
+        bad = _Bad(skip_bad, on_bad)
+        rows = _collect(read_questions(file), f"{file}, ", labelled, bad, f"{file} holds no questions.")
     else:
-        rows = questions(load_rows(source, split=split), labelled=labelled, skip_bad=skip_bad)
+        rows = questions(load_rows(source, split=split), labelled=labelled, skip_bad=skip_bad, on_bad=on_bad)
     if seed is not None:
         rows = rows.shuffle(seed=seed, keep_in_memory=True)
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
-def questions(rows: datasets.Dataset, *, labelled: bool | None = True, skip_bad: bool = False) -> datasets.Dataset:
+def questions(
+    rows: datasets.Dataset,
+    *,
+    labelled: bool | None = True,
+    skip_bad: bool = False,
+    on_bad: OnBad | None = None,
+) -> datasets.Dataset:
     """Questions in one form: `id`, `question`, `context`, `answers` and, where rows have it, `evidence`.
 
     Args:
@@ -86,6 +95,7 @@ def questions(rows: datasets.Dataset, *, labelled: bool | None = True, skip_bad:
         labelled: True requires answers; None takes them where they are there; False leaves them unread, and the column
             out.
         skip_bad: leave out rows that are bad, and warn of how many and which; rather than stop at the first.
+        on_bad: called with the id of each row that is left out and what is wrong with it, in place of the warning.
 
     Raises:
         DataError: there are no rows or not these columns, or a row (named by its id) has no context, an answer that
@@ -100,7 +110,7 @@ def questions(rows: datasets.Dataset, *, labelled: bool | None = True, skip_bad:
     batches = rows.with_format(None).iter(batch_size=_BATCH)
     plain = (dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True))
     raw = (raw_question(f"Row {number}", row) for number, row in enumerate(plain, start=1))
-    return _collect(raw, "", labelled, skip_bad, "There are no questions.")
+    return _collect(raw, "", labelled, _Bad(skip_bad, on_bad), "There are no questions.")
 
 
 def check(raw: RawQuestion, labelled: bool | None = True) -> Question:
@@ -163,10 +173,30 @@ def _spans(context: str, spans: Any) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
-def _checked(
-    found: Iterable[RawQuestion], where: str, labelled: bool | None, bad: list[tuple[str, str]] | None
-) -> Iterator[Question]:
-    """The questions that are well. bad: takes in the others, as (name, error); None to stop at the first."""
+class _Bad:
+    """What becomes of rows that are bad. skip: leave them out, rather than stop at the first."""
+
+    def __init__(self, skip: bool, on_bad: OnBad | None) -> None:
+        self.skip = skip
+        self.on_bad = on_bad
+        self.found: list[tuple[str, str]] = []
+
+    def add(self, name: str, error: str) -> None:
+        self.found.append((name, error))
+        if self.on_bad is not None:
+            self.on_bad(name, error)
+
+    def warn(self) -> None:
+        """Of all that were left out, unless each was told of."""
+        if not self.found or self.on_bad is not None:
+            return
+        names = ", ".join(name for name, _ in self.found[:_SHOWN]) + (", ..." if len(self.found) > _SHOWN else "")
+        are = "bad question is" if len(self.found) == 1 else "bad questions are"
+        warnings.warn(f"{len(self.found)} {are} left out ({names}); the first {self.found[0][1]}.", stacklevel=4)
+
+
+def _checked(found: Iterable[RawQuestion], where: str, labelled: bool | None, bad: _Bad) -> Iterator[Question]:
+    """The questions that are well."""
     seen: set[str] = set()
     for raw in found:
         try:
@@ -175,20 +205,19 @@ def _checked(
                 raise DataError("has the id of an earlier question; ids are unique")
         except DataError as error:
             name = _name(raw)
-            if bad is None:
+            if not bad.skip:
                 subject = where + raw.place + ("" if name is None else f": the question '{name}'")
                 raise DataError(f"{subject} {error}.") from error
-            bad.append((raw.place if name is None else name, str(error)))
+            bad.add(raw.place if name is None else name, str(error))
             continue
         seen.add(one.id)
         yield one
 
 
 def _collect(
-    found: Iterable[RawQuestion], where: str, labelled: bool | None, skip_bad: bool, nothing: str
+    found: Iterable[RawQuestion], where: str, labelled: bool | None, bad: _Bad, nothing: str
 ) -> datasets.Dataset:
     """Questions as rows. where: what stands before a place in an error. nothing: the error where there are none."""
-    bad: list[tuple[str, str]] | None = [] if skip_bad else None
     made: list[datasets.Dataset] = []
     checked = _checked(found, where, labelled, bad)
     features: dict[str, Any] = {}
@@ -196,10 +225,7 @@ def _collect(
         features = features or _features(batch[0])
         _same_fields(batch, features)
         made.append(datasets.Dataset.from_dict(_columns(batch, features), features=datasets.Features(features)))
-    if bad:
-        names = ", ".join(name for name, _ in bad[:_SHOWN]) + (", ..." if len(bad) > _SHOWN else "")
-        are = "bad question is" if len(bad) == 1 else "bad questions are"
-        warnings.warn(f"{len(bad)} {are} left out ({names}); the first {bad[0][1]}.", stacklevel=3)
+    bad.warn()
     if not made:
         raise DataError(nothing)
     return datasets.concatenate_datasets(made)

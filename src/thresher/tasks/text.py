@@ -16,6 +16,7 @@ from thresher.tasks import labels as label_values
 from thresher.tasks import scores
 from thresher.tasks.data import map_columns
 from thresher.tasks.features import EncodedRows, encode_texts
+from thresher.tasks.long_texts import STRIDE, encode_windows
 
 __all__ = ["EncodedRows", "Kind", "TextTask", "canonical"]
 
@@ -70,9 +71,11 @@ class TextTask:
         label_names: the names of the classes in the order of their numbers, if they have names.
         pair: whether a row has two texts.
         metric: the metric `score` gives; by default accuracy for classification and spearman for regression.
+        windows: None cuts long texts. A number reads them whole, in windows that share this many tokens with the next
+            (True: 64): `encode` then gives `EncodedLongTexts`, a row a window. Of single texts only.
 
     Raises:
-        OptionError: an unknown kind or metric, or numbers of labels that contradict each other.
+        OptionError: an unknown kind or metric, numbers of labels that contradict each other, or windows of pairs.
     """
 
     kind: Kind
@@ -80,8 +83,13 @@ class TextTask:
     label_names: tuple[str, ...] | None = None
     pair: bool = False
     metric: str = ""
+    windows: int | None = None
 
     def __post_init__(self) -> None:
+        if self.windows is True:
+            object.__setattr__(self, "windows", STRIDE)
+        if self.pair and self.windows is not None:
+            raise OptionError("Windows are of single texts; leave them out, and the longer text of a pair is cut.")
         if self.kind not in get_args(Kind):
             raise OptionError(f"There is no text task '{self.kind}'{nearest(str(self.kind), get_args(Kind))}")
         if not self.metric:
@@ -104,6 +112,7 @@ class TextTask:
         kind: Kind | None = None,
         label_names: Sequence[str] | None = None,
         metric: str | None = None,
+        windows: int | None = None,
     ) -> TextTask:
         """The task that the columns and labels of rows suggest.
 
@@ -116,6 +125,7 @@ class TextTask:
             kind: overrides the guess, for instance where the scores of a regression all happen to be whole.
             label_names: the classes in the order a model was trained with; labels may then be names, numbers or absent.
             metric: the metric `score` gives; None for the default.
+            windows: as the attribute.
 
         Raises:
             DataError: no text or label column, or a label that is missing or does not fit, named by its row (from 1).
@@ -131,14 +141,14 @@ class TextTask:
         if kind == "regression":
             if labels is not None:
                 label_values.values(labels)
-            return cls("regression", 1, None, pair, metric or "")
+            return cls("regression", 1, None, pair, metric or "", windows)
         names = tuple(label_names) if label_names is not None else _class_names(rows)
         if labels is None and names is None:
             there = ", ".join(rows.column_names)
             raise DataError(f"The rows have no column known to be the label (there are {there}): map one to 'label'.")
         numbers = label_values.class_numbers(labels or (), names, len(names) if names else None)
         count = len(names) if names else max(1, *numbers) + 1
-        return cls("classification", count, names, pair, metric or "")
+        return cls("classification", count, names, pair, metric or "", windows)
 
     def encode(
         self,
@@ -159,7 +169,8 @@ class TextTask:
 
         Raises:
             DataError: a column is missing, a value is not a text, or a label is missing or does not fit (row from 1).
-            OptionError: `max_length` has no room for a token beside the special ones.
+            OptionError: `max_length` has no room for a token beside the special ones; or windows cannot be made, see
+                `encode_windows`.
         """
         rows = canonical(rows)
         there = ", ".join(rows.column_names)
@@ -175,6 +186,8 @@ class TextTask:
                 labels = label_values.class_numbers(given, self.label_names, self.num_labels)
         elif require_labels:
             raise DataError(f"The rows have no column known to be the label (there are {there}): map one to 'label'.")
+        if self.windows is not None:
+            return encode_windows(rows, tokenizer, max_length, labels, stride=self.windows)
         return encode_texts(rows, ["text", "text_pair"] if self.pair else ["text"], tokenizer, max_length, labels)
 
     def metrics(self, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from thresher.errors import OptionError
 from thresher.measure.run import said
 from thresher.model import attachment_of, detach, find_encoder, is_attached
-from thresher.policy import Draw, Stage, tracing
+from thresher.policy import Draw, Stage, Trace, tracing
+from thresher.training.row_losses import row_losses
 
 LABELS = ("labels", "start_positions", "end_positions")
-FOR_THE_POLICY = ("evidence",)  # [B, N] of 0 and 1: columns that no model takes
+FOR_THE_POLICY = ("evidence", "saliency")  # [B, N], a value a token: columns that no model takes
 
 
 def stock_copy(model: Any) -> Any:
@@ -71,7 +72,7 @@ def neighbourhood_loss(ours: Tensor, theirs: Tensor, temperature: float = 0.05) 
 
 
 class Learner(nn.Module):
-    """Model, policy and the stage's losses together, so that a trainer saves, moves and synchronises both.
+    """Model, policy, exit and the stage's losses together, so that a trainer saves, moves and synchronises both.
 
     forward(**batch) → {"loss", "logits"}; batch is what the model takes, with labels where the stage uses them, and what only
     the policy's own loss reads.
@@ -87,6 +88,7 @@ class Learner(nn.Module):
             teacher = stock_copy(model)
         self.model = model
         self.policy = attachment.policy
+        self.exit = attachment.exit
         self.stage = stage
         self._teacher = [teacher]  # in a list: not a submodule, so neither trained nor saved
         self.takes_features = find_encoder(model) is not model
@@ -105,18 +107,30 @@ class Learner(nn.Module):
         stage, mask, given = self.stage, batch.get("attention_mask"), batch
         hidden = FOR_THE_POLICY if stage.label_weight else (*FOR_THE_POLICY, *LABELS)
         batch = {k: v for k, v in batch.items() if k not in hidden}
+        # A stage of the exit is one plain pass of what the policy's stages have made.
+        policy = self.policy if stage.exit_learning_rate is None else None
+        judged = policy is not None and policy.reads_row_losses
+        made: list[tuple[Trace, Tensor]] = []
         loss, first = None, None
-        for draw in self.policy.draws(stage) if self.policy else (Draw(None, stage.label_weight, stage.distil_weight),):
+        for draw in policy.draws(stage) if policy else (Draw(None, stage.label_weight, stage.distil_weight),):
             with tracing() as traces, draw.applied():
                 outputs = self._call(self.model, dict(batch))
             first = outputs if first is None else first
             added = self._loss(draw, outputs, first, batch)
-            if self.policy is not None:
-                auxiliary = self.policy.auxiliary_loss(traces[-1], given)
-                added = added if auxiliary is None else added + auxiliary
+            if policy is not None:
+                added = policy.total_loss(added, traces[-1], given)
+            if self.exit is not None and stage.exit_learning_rate is not None:
+                own = self.exit.auxiliary_loss(traces[-1], said(outputs, mask), given)
+                added = added if own is None else added + own
             loss = added if loss is None else loss + added
+            if judged:
+                made.append((traces[-1], row_losses(outputs, given, sigmoid=self.sigmoid)))
         assert first is not None
         assert loss is not None
+        if policy is not None and made:
+            passes, losses = zip(*made, strict=True)
+            together = policy.step_loss(passes, losses, given)
+            loss = loss if together is None else loss + together
         return {"loss": loss, "logits": said(first, mask)}
 
     def _loss(self, draw: Draw, outputs: Any, first: Any, batch: dict[str, Tensor]) -> Tensor:

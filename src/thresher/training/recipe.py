@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,13 +18,15 @@ from accelerate import PartialState
 from thresher import checkpoint
 from thresher.calibration import Calibration, Quality, agreement, calibrate
 from thresher.errors import OptionError, TargetError, nearest
+from thresher.exits import ExitConfig
 from thresher.frontier import Frontier
 from thresher.measure.run import run_packed
-from thresher.model import attach, attachment_of, find_encoder, policy_of, save, set_config
+from thresher.model import Attachment, attach, attachment_of, find_encoder, policy_of, save, set_config
 from thresher.policy import PolicyConfig, Stage
 from thresher.training import frontiers
 from thresher.training.learner import stock_copy
 from thresher.training.resuming import begin, by_one, refuse_another_run
+from thresher.training.salient import COLUMN, with_saliency
 from thresher.training.stages import run_stage, trains_on_cpu
 
 FIRST_GUESS = 2.0
@@ -31,11 +34,12 @@ FIRST_GUESS = 2.0
 
 def fit(
     model: Any,
-    policy: PolicyConfig | str,
+    policy: PolicyConfig | str | None,
     rows: datasets.Dataset,
     tokenizer: Any,
     directory: str | Path,
     *,
+    exit: ExitConfig | str | None = None,
     validation: datasets.Dataset | None = None,
     speedup: float | None = None,
     max_loss: float | None = None,
@@ -53,8 +57,11 @@ def fit(
     """Train `model` with a method and save it to `directory`; the model comes back attached, in eval mode.
 
     model: a Hugging Face encoder with its task head, or a SentenceTransformer. rows, validation: encoded rows.
+    exit: an early exit, trained after the method on the model that drops tokens (after LTP: Magic Pyramid, He et al., 2021), or
+        alone where `policy` is None.
     speedup / max_loss: the target, met on `validation` (see calibrate): before tokens first drop in training, and at
-    the end.
+    the end. With a method and an exit the method first meets its share, the root of the speedup or half of the loss, and the
+    exit is then set so that both together meet the target.
     fine_tune: begin with ordinary fine-tuning, for a model whose head is new.
     stages: instead of the method's own. overrides: settings for every stage ({"epochs": 2}) or one
     ({"soft.learning_rate": 1e-4}). A run that was interrupted goes on where it stopped when called again with the same
@@ -68,24 +75,46 @@ def fit(
     Under torchrun every process calls it with the same arguments, and a directory that all of them see; the main one writes.
     """
     work = Path(directory) / "training"
-    attach(model, policy)
-    attachment_of(model).notes.update(notes or {})
-    plan = stages if stages is not None else policy_of(model).stages()
+    attach(model, policy, exit=exit)
+    attachment = attachment_of(model)
+    attachment.notes.update(notes or {})
+    plan = stages if stages is not None else _stages(attachment)
     if fine_tune:
         plan = (Stage(name="fine-tune", mode="off"), *plan)
     plan = tuple(_override(stage, overrides or {}, plan) for stage in plan)
-    searches = policy_of(model).config.searches
+    searches = attachment.policy.config.searches if attachment.policy is not None else ""
     targeted = speedup is not None or max_loss is not None
     if (targeted or searches) and validation is None:
         what = "A target needs validation rows to be met on" if targeted else "A search needs validation rows"
         raise OptionError(f"{what}; give validation=.")
     if search and not searches:
-        raise OptionError(f"The method {policy_of(model).config.method!r} searches no retention configurations.")
+        name = "none" if attachment.policy is None else attachment.policy.config.method
+        raise OptionError(f"The method {name!r} searches no retention configurations.")
     processes = PartialState(cpu=trains_on_cpu(arguments))
+    for stage in plan:
+        if attachment.policy is not None and stage.exit_learning_rate is None:
+            attachment.policy.check(stage)
+    if attachment.exit is not None:
+        attachment.exit.mode = "off"  # until it is trained
     settings = _settings(model, plan, rows, seed)
     refuse_another_run(work, settings)
     by_one(processes, lambda: begin(work, settings))
     teacher = reference = frontier = None
+    share = _share(attachment, speedup, max_loss)
+
+    def settle(speedup: float | None, max_loss: float | None) -> None:
+        """Set how much the policy drops."""
+        nonlocal frontier
+        if searches and validation is not None and reference is not None:
+            judge = quality or agreement(reference, model)
+            if frontier is None:
+                frontier = _search(model, validation, quality, reference, work, search or {}, seed, processes)
+            else:
+                frontier = frontiers.measured(model, validation, judge, frontier)
+            frontiers.settle(model, frontier, speedup, None if max_loss is None else float(judge(reference)) - max_loss)
+        elif validation is not None and targeted:
+            calibrate(model, validation, speedup=speedup, max_loss=max_loss, quality=quality, reference=reference)
+
     for number, stage in enumerate(plan, start=1):
         done = work / f"{number}-{stage.name}" / "done"
         if stage.distil_weight and teacher is None:  # also when this stage is done: later ones have it
@@ -95,30 +124,57 @@ def fit(
             reference = run_packed(model, validation).predictions
             if on_start:
                 on_start(reference)
-        if stage.mode == "hard" and searches == "before" and not stage.configurations:
+        exiting = stage.exit_learning_rate is not None
+        if stage.mode == "hard" and not exiting and searches == "before" and not stage.configurations:
             frontier = _search(model, validation, quality, reference, work, search or {}, seed, processes)
-            frontier.at(speedup or 1.0)  # rather now than after hours of training
+            frontier.at(share[0] or 1.0)  # rather now than after hours of training
             stage = dataclasses.replace(stage, configurations=frontier.configurations)
-        if (done / checkpoint.SETTINGS).is_file():  # written last: the stage was saved whole
+        whole = (done / checkpoint.SETTINGS).is_file()  # written last: the stage was saved whole
+        if exiting and attachment.policy is not None and (searches or not whole):
+            settle(*share)
+        if whole:
             _take_over(model, done)
             continue
-        if stage.mode == "hard" and not searches and validation is not None and targeted:
-            _first_drop(model, validation, speedup)
+        if stage.mode == "hard" and not exiting and not searches and validation is not None and targeted:
+            _first_drop(model, validation, share[0])
         if on_stage:
             on_stage(stage)
+        salient = attachment.policy is not None and attachment.policy.learns_saliency and not exiting
+        if stage.mode != "off" and salient and COLUMN not in rows.column_names:
+            rows = with_saliency(model, rows, work, processes, progress=bool(arguments.get("progress", True)))
         run_stage(model, stage, rows, tokenizer, done.parent, teacher=teacher, seed=seed, **arguments)
         by_one(processes, partial(_keep, model, done))
-    if searches and validation is not None and reference is not None:
-        judge = quality or agreement(reference, model)
-        if frontier is None:
-            frontier = _search(model, validation, quality, reference, work, search or {}, seed, processes)
-        else:
-            frontier = frontiers.measured(model, validation, judge, frontier)
-        frontiers.settle(model, frontier, speedup, None if max_loss is None else float(judge(reference)) - max_loss)
-    elif validation is not None and targeted:
-        calibrate(model, validation, speedup=speedup, max_loss=max_loss, quality=quality, reference=reference)
+    if attachment.exit is None:
+        settle(speedup, max_loss)
+    else:
+        attachment.exit.mode = "leave"
+        if validation is not None and targeted:
+            calibrate(
+                model,
+                validation,
+                speedup=speedup,
+                max_loss=max_loss,
+                quality=quality,
+                reference=reference,
+                knob="exit",
+            )
     by_one(processes, lambda: _finish(model, tokenizer, directory, work))
     return model
+
+
+def _stages(attachment: Attachment) -> tuple[Stage, ...]:
+    """The policy's own, then the exit's."""
+    if attachment.policy is None and attachment.exit is None:
+        raise OptionError("There is nothing to train; give fit a method, an exit, or both.")
+    policy = () if attachment.policy is None else attachment.policy.stages()
+    return policy if attachment.exit is None else (*policy, *attachment.exit.stages())
+
+
+def _share(attachment: Attachment, speedup: float | None, max_loss: float | None) -> tuple[float | None, float | None]:
+    """The part of a target that the policy meets by itself: all of it, where there is no exit."""
+    if attachment.exit is None:
+        return speedup, max_loss
+    return None if speedup is None else math.sqrt(speedup), None if max_loss is None else max_loss / 2
 
 
 def _search(
@@ -139,11 +195,12 @@ def _search(
 
 def _settings(model: Any, plan: tuple[Stage, ...], rows: datasets.Dataset, seed: int) -> dict[str, Any]:
     """What a run must have in common with the one it goes on with; a target may change, finished stages serve any."""
-    config = policy_of(model).config
+    policy, exit = attachment_of(model).policy, attachment_of(model).exit
     ends = [rows[i]["input_ids"] for i in (0, -1)] if len(rows) else []
     settings = {
-        "method": config.method,
-        "config": config.to_dict(),
+        "method": policy.config.method if policy else None,
+        "config": policy.config.to_dict() if policy else {},
+        "exit": {"method": exit.config.method, **exit.config.to_dict()} if exit else None,
         "stages": [dataclasses.asdict(stage) for stage in plan],
         "rows": [len(rows), ends],
         "seed": seed,
@@ -184,7 +241,10 @@ def _override(stage: Stage, overrides: Mapping[str, Any], plan: tuple[Stage, ...
             raise OptionError(f"The method has no stage {name!r}{nearest(name, {s.name for s in plan})}")
         if name in ("", stage.name):
             changes[setting] = value
-    return dataclasses.replace(stage, **changes)
+    stage = dataclasses.replace(stage, **changes)
+    if stage.exit_learning_rate is not None and stage.learning_rate == 0:  # what the model says is nobody's lesson
+        return dataclasses.replace(stage, label_weight=0.0, distil_weight=0.0)
+    return stage
 
 
 def _take_over(model: Any, done: Path) -> None:
@@ -192,9 +252,12 @@ def _take_over(model: Any, done: Path) -> None:
     saved = checkpoint.read(done)
     loaded = saved.load_plain()
     find_encoder(model).load_state_dict(find_encoder(loaded).state_dict())
-    assert saved.config is not None
-    set_config(model, saved.config)
-    saved.load_policy(policy_of(model))
+    attachment = attachment_of(model)
+    if saved.config is not None and attachment.policy is not None:
+        set_config(model, saved.config)
+        saved.load_policy(policy_of(model))
+    if attachment.exit is not None:
+        saved.load_exit(attachment.exit)
 
 
 __all__ = ["Calibration", "fit"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import torch
+import torch.nn.functional as F
 from transformers import (
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
@@ -18,44 +20,57 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from thresher.errors import OptionError
+from thresher.errors import DataError, OptionError
 from thresher.model import attachment_of
 from thresher.policy import Policy, Stage
-from thresher.training.learner import Learner
+from thresher.training.learner import FOR_THE_POLICY, Learner
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
-class _WithEvidence:
-    """A collator that pads `evidence` too, which tokenizers know nothing of: nothing is evidence where nothing is."""
+class _ForThePolicy:
+    """A collator that pads what only a policy reads too, which tokenizers know nothing of: with 0, on their side."""
 
     def __init__(self, collator: Any, side: str) -> None:
         self.collator, self.left = collator, side == "left"
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
-        batch = self.collator([{name: value for name, value in row.items() if name != "evidence"} for row in rows])
-        evidence = torch.zeros_like(batch["input_ids"])
-        for marks, row in zip(evidence, rows, strict=True):
-            place = slice(len(marks) - len(row["evidence"]), None) if self.left else slice(len(row["evidence"]))
-            marks[place] = torch.tensor(row["evidence"])
-        batch["evidence"] = evidence
+        columns = [name for name in FOR_THE_POLICY if name in rows[0]]
+        batch = self.collator([{k: v for k, v in row.items() if k not in columns} for row in rows])
+        for name in columns:
+            batch[name] = self._padded(name, rows, batch["input_ids"].shape[1])
         return batch
+
+    def _padded(self, name: str, rows: Sequence[Mapping[str, Any]], width: int) -> torch.Tensor:
+        values = []
+        for row in rows:
+            value = torch.tensor(row[name])
+            short = width - len(value)
+            if len(value) != len(row["input_ids"]):
+                raise DataError(
+                    f"A row has {len(row['input_ids'])} tokens but {len(value)} of {name!r}; give one a token."
+                )
+            values.append(F.pad(value, (short, 0) if self.left else (0, short)))
+        return torch.stack(values)
 
 
 class _StageTrainer(Trainer):
-    """Trainer with a learning rate of its own for the policy's parameters."""
+    """Trainer with a learning rate of its own for the policy's parameters, and for the exit's."""
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             learner: Learner = self.model  # type: ignore[assignment]
             stage = learner.stage
             decayed = set(self.get_decay_parameter_names(learner))
+            along = tuple(f"policy.{name}" for name in learner.policy.with_the_model) if learner.policy else ()
             groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
             for name, parameter in learner.named_parameters():
                 if not parameter.requires_grad:
                     continue
-                own = name.startswith("policy.")
+                own = name.startswith("policy.") and not name.startswith(along)
                 rate = stage.policy_learning_rate if own else stage.learning_rate
+                if name.startswith("exit."):
+                    rate = stage.exit_learning_rate
                 decay = stage.weight_decay if name in decayed and not own else 0.0
                 groups.setdefault((rate or 0.0, decay), []).append(parameter)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
@@ -65,11 +80,14 @@ class _StageTrainer(Trainer):
         return self.optimizer
 
 
-class _AfterStep(TrainerCallback):
-    """Lets the policy keep its parameters inside their bounds."""
+class _ToldToPolicy(TrainerCallback):
+    """Lets the policy keep its parameters inside their bounds, and change its ways from epoch to epoch."""
 
     def __init__(self, policy: Policy[Any]) -> None:
         self.policy = policy
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self.policy.before_epoch(math.floor((state.epoch or 0.0) + 1e-6), state.num_train_epochs)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self.policy.after_step()
@@ -136,23 +154,35 @@ def run_stage(
     arguments: anything else transformers.TrainingArguments takes (gradient_accumulation_steps, max_steps, use_cpu, ...).
     Raises OptionError when the stage needs labels that the rows lack.
     """
-    if stage.label_weight and "labels" not in rows.column_names and "start_positions" not in rows.column_names:
+    exit, exiting = attachment_of(model).exit, stage.exit_learning_rate is not None
+    if exiting and exit is None:
+        raise OptionError(f"The stage {stage.name!r} trains an exit and the model has none; attach it with exit=.")
+    labelled = stage.label_weight or (exiting and exit is not None and exit.config.labelled)
+    if labelled and "labels" not in rows.column_names and "start_positions" not in rows.column_names:
         raise OptionError(
             f"The stage {stage.name!r} learns from labels and these rows have none; give labels, or distil (no labels needed)."
         )
     policy = attachment_of(model).policy
+    if policy is not None and not exiting:
+        policy.check(stage)
     learner = Learner(model, stage, teacher)
     frozen = []
     if policy is not None:
         policy.mode = stage.mode
         if stage.policy_learning_rate is None:
             frozen = [p for p in policy.parameters() if p.requires_grad]
+    if exit is not None:
+        before = exit.mode
+        exit.mode = ("sample" if stage.exit_samples else "record") if exiting else "off"
+        frozen += [p for p in exit.parameters() if p.requires_grad and not exiting]
+    if exiting and stage.learning_rate == 0:  # nothing goes back through what does not learn
+        frozen += [p for p in model.parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
     per_token = "labels" in rows.column_names and isinstance(rows[0]["labels"], list)
     collator: Any = (DataCollatorForTokenClassification if per_token else DataCollatorWithPadding)(tokenizer)
-    if "evidence" in rows.column_names:
-        collator = _WithEvidence(collator, tokenizer.padding_side)
+    if not set(FOR_THE_POLICY).isdisjoint(rows.column_names):
+        collator = _ForThePolicy(collator, tokenizer.padding_side)
     settings = training_arguments(
         directory,
         {
@@ -172,7 +202,7 @@ def run_stage(
         settings,
         train_dataset=rows,
         data_collator=collator,
-        callbacks=[*callbacks, *([] if policy is None else [_AfterStep(policy)])],
+        callbacks=[*callbacks, *([] if policy is None else [_ToldToPolicy(policy)])],
     )
     trainer.remove_callback(PrinterCallback)  # it would print to standard output, which belongs to the caller
     last = get_last_checkpoint(str(directory)) if resume and Path(directory).is_dir() else None
@@ -183,5 +213,7 @@ def run_stage(
             parameter.requires_grad_(True)
         if policy is not None:
             policy.mode = "hard"
+        if exit is not None:
+            exit.mode = "leave" if exiting else before
         model.eval()
     return dict(result.metrics)

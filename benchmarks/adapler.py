@@ -1,0 +1,359 @@
+"""AdapLeR and the methods it is compared with: one fine-tuned start, one budget of training, the same FLOPs.
+
+    python benchmarks/adapler.py start      imdb --data-dir DIR --out RUNS/imdb
+    python benchmarks/adapler.py methods    imdb --data-dir DIR --out RUNS/imdb
+    python benchmarks/adapler.py adaptivity imdb --data-dir DIR --out RUNS/imdb
+    python benchmarks/adapler.py rationales eraser_movies --data-dir DIR --out RUNS/eraser_movies
+
+start: fine-tunes MiniLM-L6 in OUT/start, once. methods: trains each method from it in a directory of its own, sets it to each
+of SPEEDUPS on held-out rows, and reads the test rows. Its budget: --passes examples read forward and backward, a forward pass
+counting a third; what a teacher reads is not counted. rationales: how what each trained method keeps agrees with human
+rationales on the test split, beside two saliencies of the start; examples go to OUT as pages. adaptivity: the FLOPs of each
+example against its length and the start's confidence, as plots. What is complete is not trained again. --limit: a few rows,
+nothing recorded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import thresher
+from records import record
+from responses import nearest
+from starts import SPLIT_SEED, minilm
+from thresher.errors import TargetError
+from thresher.frontier import NOTE, configured, frontier_of
+from thresher.measure.flops import dense_flops, flops
+from thresher.measure.rationales import Agreement, agreement, agreement_by_layer, kept_layers, rationales_page
+from thresher.measure.run import prepared, run, run_packed
+from thresher.model import attachment_of
+from thresher.policy import PolicyConfig, Stage
+from thresher.report import Chart, Series, frontier_chart, save_chart
+from thresher.tasks.data import load_rows
+from thresher.tasks.rationales import RationaleRows, encode_rationales
+from thresher.tasks.text import TextTask
+from thresher.training import fit, run_stage
+
+IMAGES = Path(__file__).parent.parent / "docs" / "img"
+EPOCHS = 5  # AdapLeR's; in so many or more the training rows make up the budget
+DATA = {
+    # name: most tokens, epochs of the start, the split that is judged
+    "imdb": (256, 1.0, "test"),
+    "eraser_movies": (512, 4.0, "test"),
+    "ag_news": (128, 3.0, "test"),
+    "sst2": (64, 1.0, "validation"),
+    "mrpc": (128, 4.0, "validation"),
+}
+# The part of the budget that each stage has. A step of TR-BERT's first stage reads its batch eight times forward or, as often,
+# once forward and backward; one of its second stage once forward and backward and seven times forward.
+METHODS: dict[str, tuple[PolicyConfig, dict[str, float]]] = {
+    "adapler": (thresher.AdapLeR(), {"soft": 1.0}),
+    "tr-bert": (thresher.TRBert(), {"policy": 0.3 / (11 / 6), "joint": 0.7 / (10 / 3)}),
+    "ltp": (thresher.LTP(temperature=5e-4), {"soft": 0.25, "hard": 0.75}),
+    "power-bert": (thresher.PowerBert(penalty=1e-3), {"soft": 0.5, "hard": 0.5}),
+    "length-adaptive": (thresher.LengthAdaptive(), {"length-drop": 0.25}),
+    "transkimmer": (thresher.Transkimmer(), {"skim": 1.0}),
+    "random": (thresher.RandomTokens(), {"distil": 1.0}),
+}
+SPEEDUPS = (1.5, 2.0, 3.0)
+SALIENCIES = ("gradient-x-input", "attention")
+STARTED = "start.json"
+
+
+class Bench:
+    """One data set, its start, and the methods trained from it."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        thresher.keep_memory()
+        self.args = args
+        self.dry = args.dry or args.limit is not None
+        self.max_tokens, self.start_epochs, self.judged = DATA[args.name]
+        self.start = args.out / "start"
+        args.out.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(minilm())
+
+    def load(self, split: str) -> datasets.Dataset:
+        rows = load_rows(self.args.data_dir / self.args.name, split=split).shuffle(seed=SPLIT_SEED)
+        return rows if self.args.limit is None else rows.select(range(min(self.args.limit, len(rows))))
+
+    @cached_property
+    def trainable(self) -> datasets.Dataset:
+        return texts(self.load("train"))
+
+    @cached_property
+    def task(self) -> TextTask:
+        return TextTask.infer(self.trainable)
+
+    def encode(self, rows: datasets.Dataset) -> datasets.Dataset:
+        return self.task.encode(rows, self.tokenizer, self.max_tokens).rows
+
+    @cached_property
+    def held_out(self) -> datasets.Dataset:
+        """Rows that nothing was trained on, to calibrate and search on."""
+        return self.encode(self.trainable.select(range(self.number_held_out)))
+
+    @property
+    def number_held_out(self) -> int:
+        return min(500, len(self.trainable) // 10 + 1)
+
+    @cached_property
+    def train(self) -> datasets.Dataset:
+        rows = self.trainable.select(range(self.number_held_out, len(self.trainable)))
+        return self.encode(rows)
+
+    @cached_property
+    def test(self) -> datasets.Dataset:
+        rows = texts(self.load(self.judged))
+        return self.encode(rows.select(range(min(self.args.test, len(rows)))))
+
+    def model(self) -> Any:
+        if not (self.start / STARTED).is_file():
+            raise SystemExit(f"{self.start} holds no start; run the subcommand start first.")
+        return AutoModelForSequenceClassification.from_pretrained(self.start).eval()
+
+    def score(self, predictions: np.ndarray, rows: datasets.Dataset) -> float:
+        return self.task.score(predictions, rows["labels"][:])
+
+    def trained(self, method: str) -> Any:
+        """A method trained in OUT/method; loaded where that was done."""
+        directory, (policy, share) = self.args.out / method, METHODS[method]
+        about = {name: getattr(self.args, name) for name in ("name", "passes", "trained_at", "seed", "limit")}
+        if (directory / "thresher.json").is_file():
+            model = thresher.load(directory)
+            if attachment_of(model).notes.get("benchmark") != about:
+                raise SystemExit(f"{directory} holds a run with other settings; give another --out.")
+            return model
+        epochs = max(EPOCHS, -(-self.args.passes // len(self.train)))
+        rows = self.train.select(range(self.args.passes // epochs))
+        overrides = {f"{stage}.epochs": part * epochs for stage, part in share.items()}
+        searches = bool(policy.searches)
+        return fit(
+            self.model(),
+            policy,
+            rows,
+            self.tokenizer,
+            directory,
+            validation=self.held_out,
+            # Of a method with a hard stage: what it is trained at.
+            speedup=self.args.trained_at if method in ("ltp", "power-bert", "random") else None,
+            quality=lambda predictions: self.score(predictions, self.held_out),
+            search={"evaluations": self.args.evaluations} if searches else None,
+            overrides=overrides,
+            seed=self.args.seed,
+            notes={"benchmark": about},
+            progress=False,
+        )
+
+    def set_to(self, model: Any, speedup: float) -> None:
+        """Raises TargetError where the model reaches no such speedup."""
+        notes = attachment_of(model).notes
+        if NOTE in notes:
+            point = nearest(frontier_of(notes).points, speedup)
+            if point is None:
+                raise TargetError(f"The frontier has no point near {speedup}x or above.")
+            thresher.set_config(model, configured(thresher.policy_of(model).config, point.retention))
+        else:
+            thresher.calibrate(model, self.held_out, speedup=speedup, tolerance=0.03)
+
+    def each(self, speedup: float | None = None) -> Iterator[tuple[str, Any]]:
+        """The methods asked for, trained, and set to a speedup where it is given."""
+        for method in self.args.methods:
+            try:
+                model = self.trained(method)
+                if speedup is not None:
+                    self.set_to(model, speedup)
+            except TargetError as error:  # the others need not wait for better settings of this one
+                print(f"{method}: {error}", flush=True)
+                continue
+            yield method, model
+
+    def record(self, id: str, what: str, value: float, unit: str, **about: Any) -> None:
+        print(f"{id}: {value:.4g} {unit} {about.get('spread') or ''}", flush=True)
+        if not self.dry:
+            given = {"data": self.args.name, "split": self.judged, "seeds": [self.args.seed], **about}
+            record("adapler", f"adapler-{self.args.name}-{id}", what, value, unit, **given)
+
+    def draw(self, chart: Chart, name: str) -> None:
+        folder = self.args.out if self.dry else IMAGES
+        print("drawn:", save_chart(chart, folder / f"adapler-{self.args.name}-{name}.svg"), flush=True)
+
+    @property
+    def note(self) -> str:
+        return (
+            f"MiniLM-L6, {self.max_tokens} tokens; {self.args.passes} training passes for each method; set to the speedup on "
+            f"{len(self.held_out)} held-out training rows"
+        )
+
+
+def texts(rows: datasets.Dataset) -> datasets.Dataset:
+    """Rows whose text is given as words, as rows of texts."""
+    if "tokens" not in rows.column_names:
+        return rows
+    return datasets.Dataset.from_dict(
+        {"text": [" ".join(words) for words in rows["tokens"]], "label": rows["label"][:]}
+    )
+
+
+def start(bench: Bench) -> None:
+    if (bench.start / STARTED).is_file():
+        print(f"{bench.start} is complete")
+        return
+    # Attention dropout would send CPU attention down its slow path.
+    model = AutoModelForSequenceClassification.from_pretrained(
+        minilm(), num_labels=bench.task.num_labels, attention_probs_dropout_prob=0.0
+    )
+    stage = Stage(name="fine-tune", mode="off", epochs=bench.start_epochs, learning_rate=5e-5)
+    arguments = {"seed": bench.args.seed, "progress": False}
+    run_stage(thresher.attach(model), stage, bench.train, bench.tokenizer, bench.args.out / "fine-tuning", **arguments)
+    found = bench.score(run_packed(model, bench.held_out).predictions, bench.held_out)
+    thresher.detach(model).save_pretrained(bench.start)
+    bench.tokenizer.save_pretrained(bench.start)
+    (bench.start / STARTED).write_text(json.dumps({"examples": len(bench.train), "held_out": found}))
+    print(f"{bench.task.metric} on held-out rows: {found:.4f}")
+
+
+def methods(bench: Bench) -> None:
+    baseline = bench.score(run_packed(thresher.attach(bench.model()), bench.test).predictions, bench.test)
+    metric = bench.task.metric
+    points: dict[str, list[tuple[float, float]]] = {}
+    for name, model in bench.each():
+        for speedup in SPEEDUPS:
+            try:
+                bench.set_to(model, speedup)
+            except TargetError as error:
+                print(f"{name}: {error}", flush=True)
+                continue
+            result = run(model, bench.test)
+            value = bench.score(result.predictions, bench.test)
+            points.setdefault(name, []).append((result.speedup, value))
+            bench.record(
+                f"{name}-{speedup}",
+                f"{metric} at about {speedup}x FLOPs: {name}",
+                100 * value,
+                "%",
+                baseline=f"the same start, packed, nothing dropped: {100 * baseline:.2f} %",
+                spread={"flops_speedup": round(result.speedup, 3), "points_lost": round(100 * (baseline - value), 2)},
+                examples=len(bench.test),
+                note=bench.note,
+            )
+    bench.draw(frontier_chart(points, baseline=baseline, quality_label=f"{metric} on {bench.args.name}"), "methods")
+
+
+def rationales(bench: Bench) -> None:
+    rows = encode_rationales(bench.load(bench.judged), bench.tokenizer, bench.max_tokens)
+    for name in SALIENCIES:
+        _agree(
+            bench, rows, name, agreement(rows, thresher.saliency(thresher.attach(bench.model()), rows.rows, name)), {}
+        )
+    for name, model in bench.each(bench.args.speedup):
+        layers, count = kept_layers(model, rows), attachment_of(model).engine.entrance.calls
+        by_layer = {
+            f"f1_{n}": round(choice.f1, 4) for n, choice in enumerate(agreement_by_layer(rows, layers, count), 1)
+        }
+        _agree(bench, rows, name, agreement(rows, layers), by_layer)
+        page = rationales_page(rows, layers, count, range(min(5, len(rows))), f"What {name} reads on")
+        (bench.args.out / f"rationales-{name}.html").write_text(page)
+
+
+def _agree(bench: Bench, rows: RationaleRows, name: str, found: Agreement, more: dict[str, float]) -> None:
+    spread = {
+        "average_precision": found.average_precision,
+        "token_f1": found.choice.f1,
+        "iou_f1": found.choice.iou_f1,
+        "share_chosen": found.choice.share,
+    }
+    bench.record(
+        f"rationales-{name}",
+        f"AUPRC against human rationales: {name}",
+        found.auprc,
+        "",
+        baseline=f"a constant score has an average precision of {found.chance:.3f}",
+        spread={**{key: round(value, 4) for key, value in spread.items()}, **more},
+        examples=found.documents,
+        note=f"{bench.note}; methods at about {bench.args.speedup}x; words beyond {bench.max_tokens} tokens count as least "
+        "important",
+    )
+
+
+def adaptivity(bench: Bench) -> None:
+    ready = list(prepared(thresher.attach(plain := bench.model()), bench.test))
+    said = run_packed(plain, ready).predictions
+    powers = np.exp(said - said.max(1, keepdims=True))
+    confidence = (powers / powers.sum(1, keepdims=True)).max(1)
+    lengths = np.array([len(ids) for ids in bench.test["input_ids"]])
+    against = {"length": ("Tokens", lengths), "confidence": ("The start's confidence", confidence)}
+    series: dict[str, list[Series]] = {name: [] for name in against}
+    for method, model in bench.each(bench.args.speedup):
+        policy = attachment_of(model).policy
+        assert policy is not None
+        spent = np.zeros(len(lengths))
+        for (index, _), trace in zip(ready, run(model, ready).traces, strict=True):
+            dense = [dense_flops(policy.geometry, n) for n in trace.original]
+            spent[index] = np.array(flops(trace, policy.geometry, policy)) / dense
+        shown = np.arange(min(300, len(spent)))
+        for name, (_, values) in against.items():
+            series[name].append(Series(method, tuple(values[shown].tolist()), tuple(spent[shown].tolist()), "points"))
+            bench.record(
+                f"adaptivity-{name}-{method}",
+                f"rank correlation of an example's share of its FLOPs with {name}: {method}",
+                rank_correlation(values, spent),
+                "",
+                spread={"quartiles": [round(float(q), 4) for q in np.quantile(spent, (0.25, 0.5, 0.75))]},
+                examples=len(spent),
+                note=f"{bench.note}; at about {bench.args.speedup}x",
+            )
+    for name, (label, _) in against.items():
+        title = f"FLOPs of an example against {name}, {bench.args.name}"
+        bench.draw(
+            Chart(title, label, "Share of the FLOPs without dropping", tuple(series[name])), f"adaptivity-{name}"
+        )
+
+
+def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Spearman's; 0 where one is constant."""
+    from scipy.stats import rankdata
+
+    ranks = rankdata(one), rankdata(other)
+    return float(np.corrcoef(*ranks)[0, 1]) if all(len(set(r)) > 1 for r in ranks) else 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = {"start": start, "methods": methods, "rationales": rationales, "adaptivity": adaptivity}
+    parser.add_argument("command", choices=list(commands))
+    parser.add_argument("name", choices=sorted(DATA))
+    parser.add_argument("--data-dir", required=True, type=Path)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument(
+        "--passes", type=int, default=25_000, help="examples read forward and backward, for each method"
+    )
+    parser.add_argument(
+        "--trained-at", type=float, default=2.0, help="speedup of the methods with a hard stage in training"
+    )
+    parser.add_argument("--speedup", type=float, default=2.0, help="of the methods in rationales and adaptivity")
+    parser.add_argument("--evaluations", type=int, default=100, help="of a search")
+    parser.add_argument("--test", type=int, default=2_000, help="test rows")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dry", action="store_true", help="record nothing, draw into OUT")
+    parser.add_argument("--limit", type=int, help="at most so many rows of any split, to try things; implies --dry")
+    args = parser.parse_args()
+    if args.command == "rationales" and args.name != "eraser_movies":
+        parser.error("only eraser_movies has human rationales")
+    commands[args.command](Bench(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+"""One query against many candidates: what each scorer learns in the same number of passes, and what it costs.
+
+    python benchmarks/pair_scoring.py train ubuntu_irc --data-dir DIR --out RUNS/pairs --passes 20000
+    python benchmarks/pair_scoring.py speed ubuntu_irc --data-dir DIR --out RUNS/pairs
+    python benchmarks/pair_scoring.py k ubuntu_irc --data-dir DIR --out RUNS/pairs
+    python benchmarks/pair_scoring.py layers ubuntu_irc --data-dir DIR --out RUNS/pairs
+    python benchmarks/pair_scoring.py scaling --out RUNS/pairs
+
+train: every scorer from the same encoder with --passes queries, then R@k, MRR and MAP; a scorer that lies in OUT already is
+only evaluated. speed: one query and 1,000 cached candidates, in rounds in which every scorer takes its turn, against the
+cross-encoder padded and packed; FLOPs and the bytes of a store beside it. k and layers: the same of MixEncoder by vectors of a
+candidate and by interaction layers, and with --passes what each learns. scaling: 10^3 to 10^6 candidates of random vectors on
+disk. --limit tries things on so few rows, and records nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+
+import thresher
+from records import record
+from starts import minilm
+from thresher.measure.latency import paired, ratio
+from thresher.pairs import SCORERS, Index, PairLoss, evaluate, evaluate_corpus, load, pair_flops, train
+from thresher.pairs.store import CandidateStore
+from thresher.tasks.data import load_rows
+
+FILE = "pair_scoring"
+LENGTHS = {"ubuntu_irc": (192, 64), "mutual": (192, 64), "wikiqa": (32, 96), "reqa_squad": (48, 96)}
+EVALUATED = {"ubuntu_irc": "test", "mutual": "validation", "wikiqa": "test", "reqa_squad": "test"}
+COSINE = {"similarity": "cosine"}
+STARTED = {"strategy": "M", "start": "dual", **COSINE}
+SHARP = PairLoss(temperature=0.05)
+MOUNT = 1_000  # candidates, as in the paper's tables 2, 4 and 6
+
+
+@dataclass(frozen=True)
+class Way:
+    """A scorer, its settings, and what it learns from; hard: wrong candidates of its own that a query brings."""
+
+    kind: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    loss: PairLoss = SHARP
+
+    def make(self, data: str) -> Any:
+        torch.manual_seed(0)
+        query, candidate = LENGTHS[data]
+        return SCORERS[self.kind].from_encoder(minilm(), max_query=query, max_candidate=candidate, **self.settings)
+
+
+THREE = {"layers": (-3, -2, -1)}
+JOINT = PairLoss(negatives=2)  # a scorer that reads pairs together reads that many more of them for every query
+WAYS = {
+    "dual": Way("dual", {"pooling": "mean", **COSINE}),
+    "dual-paper": Way("dual", {}, PairLoss()),
+    "poly": Way("poly", COSINE),
+    "colbert": Way("colbert", {}, PairLoss()),
+    "virt": Way("virt", COSINE),
+    "mix-a": Way("mixencoder", {"k": 1, **STARTED}),
+    "mix-b": Way("mixencoder", {"k": 1, **THREE, **STARTED}),
+    "mix-c": Way("mixencoder", {"k": 2, **THREE, **STARTED}),
+    "mix-b-lexical": Way("mixencoder", {"k": 1, **THREE, **STARTED, "lexical": 32}),
+    "mix-a-paper": Way("mixencoder", {"k": 1}, PairLoss()),
+    "deformer": Way("deformer", {}, JOINT),
+    "cross": Way("cross", {}, JOINT),
+}
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    {"train": train_all, "speed": speed, "k": by_k, "layers": by_layers, "scaling": scaling}[args.what](args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["train", "speed", "k", "layers", "scaling"])
+    parser.add_argument("name", nargs="?", choices=sorted(LENGTHS), default="ubuntu_irc")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--scorers", nargs="+", choices=sorted(WAYS), default=list(WAYS))
+    parser.add_argument(
+        "--passes", type=int, default=0, help="queries each scorer learns from; 0: it stays as it begins"
+    )
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=2e-5)
+    parser.add_argument("--hard", type=int, default=1, help="wrong candidates of its own that a query brings")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--largest", type=int, default=10**6, help="of scaling")
+    parser.add_argument("--limit", type=int, help="at most so many rows of any split; records nothing")
+    return parser
+
+
+# What is learned.
+
+
+def train_all(args: argparse.Namespace) -> None:
+    for name in args.scorers:
+        _learned(args, name, WAYS[name])
+
+
+def _learned(args: argparse.Namespace, name: str, way: Way) -> dict[str, float]:
+    """Train `way` (or load what was trained), evaluate it, and record its quality."""
+    place = _place(args, name)
+    if (place / "scorer.json").is_file():
+        made = load(place)
+    else:
+        made = way.make(args.name)
+        if args.passes:
+            _train(args, made, way, args.out / f"{place.name}.training")
+        made.save(place)
+    found = _evaluated(args, made)
+    print(f"{args.name} {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.metrics.items()), flush=True)
+    if not args.limit:
+        record(
+            FILE,
+            f"pairs-{args.name}-{name}-{args.passes}",
+            f"MRR, {name}",
+            found.metrics["MRR"],
+            "",
+            spread={k: round(v, 4) for k, v in found.metrics.items()},
+            data=args.name,
+            split=EVALUATED[args.name],
+            examples=found.queries,
+            seeds=[args.seed],
+            note=f"MiniLM-L6, {way.settings}, {args.passes} queries learned from, in batches of {args.batch_size}",
+        )
+    return found.metrics
+
+
+def _place(args: argparse.Namespace, name: str) -> Path:
+    return args.out / f"{args.name}-{name}-{args.passes}{f'-of-{args.limit}' if args.limit else ''}"
+
+
+def _train(args: argparse.Namespace, made: Any, way: Way, work: Path) -> None:
+    rows = _rows(args, "train")
+    train(
+        made,
+        rows,
+        work,
+        loss=way.loss,
+        hard=args.hard,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        seed=args.seed,
+        max_steps=max(1, args.passes // args.batch_size),
+        use_cpu=not torch.cuda.is_available(),
+        progress=False,
+    )
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _evaluated(args: argparse.Namespace, made: Any) -> Any:
+    rows = _rows(args, EVALUATED[args.name])
+    if args.name != "reqa_squad":
+        return evaluate(made, rows, cutoffs=(1, 2, 5))
+    corpus = _rows(args, "candidates", every=True)
+    return evaluate_corpus(made, rows, made.encode_candidates(corpus["text"][:], corpus["id"][:]), cutoffs=(1, 10))
+
+
+def _rows(args: argparse.Namespace, split: str, *, every: bool = False) -> datasets.Dataset:
+    """every: all of them, --limit or not: a corpus with holes lacks what queries ask for."""
+    limit = None if every else args.limit
+    return load_rows(args.data_dir / args.name, split=split, limit=limit, seed=args.seed if limit else None)
+
+
+# What it costs.
+
+
+def speed(args: argparse.Namespace) -> None:
+    """Scorers as --passes left them in OUT, else as they begin: the time is the same."""
+    made = {name: _at_hand(args, name) for name in args.scorers}
+    _measured(args, made, "speed")
+
+
+def _at_hand(args: argparse.Namespace, name: str) -> Any:
+    place = _place(args, name)
+    return load(place) if (place / "scorer.json").is_file() else WAYS[name].make(args.name)
+
+
+def _measured(args: argparse.Namespace, made: dict[str, Any], what: str) -> None:
+    """Time, FLOPs and store of scorers, each against the cross-encoder padded and packed, in the same rounds."""
+    query, texts = _mount(args)
+    cross = made.get("cross") or WAYS["cross"].make(args.name)
+    caches = {name: one.encode_candidates(texts) for name, one in made.items()}
+    offered = cross.encode_candidates(texts)
+    variants: dict[str, Any] = {
+        name: partial(one.score, query, caches[name]) for name, one in made.items() if name != "cross"
+    }
+
+    def padded() -> None:
+        with thresher.stock():
+            cross.score(query, offered)
+
+    variants |= {"cross, packed": partial(cross.score, query, offered), "cross, padded": padded}
+    timings = paired(variants, rounds=args.rounds)
+    reference = pair_flops(cross, query, offered).total
+    for name, one in made.items():
+        timing = timings["cross, packed" if name == "cross" else name]
+        over = {which: ratio(timings[f"cross, {which}"], timing) for which in ("packed", "padded")}
+        spent = pair_flops(one, query, caches[name]).total
+        kept = None if name == "cross" else _bytes(one, texts)
+        print(
+            f"{args.name} {name}: {1e3 * timing.median:.1f} ms, {over['packed'].median:.1f}x packed, "
+            f"{over['padded'].median:.1f}x padded, {spent / 1e9:.3f} GFLOPs, store {kept} bytes",
+            flush=True,
+        )
+        if not args.limit:
+            about = {"data": args.name, "split": EVALUATED[args.name], "examples": len(texts), "seeds": [args.seed]}
+            note = f"1 query, {len(texts)} candidates encoded beforehand; {torch.get_num_threads()} threads"
+            record(
+                FILE,
+                f"pairs-{what}-{args.name}-{name}",
+                f"speedup of {name} over the cross-encoder without padding",
+                over["packed"].median,
+                "x",
+                baseline=f"cross-encoder packed, {1e3 * timings['cross, packed'].median:.1f} ms",
+                spread={
+                    "low": round(over["packed"].low, 2),
+                    "high": round(over["packed"].high, 2),
+                    "over_padded": round(over["padded"].median, 2),
+                    "ms": round(1e3 * timing.median, 2),
+                    "gflops": round(spent / 1e9, 4),
+                    "flops_speedup": round(reference / spent, 1),
+                    "store_bytes": kept,
+                },
+                note=note,
+                **about,
+            )
+
+
+def _mount(args: argparse.Namespace) -> tuple[Any, list[str]]:
+    """The query of the median length, and 1,000 different candidates (with --limit so many)."""
+    rows = _rows(args, EVALUATED[args.name])
+    column = "context" if "context" in rows.column_names else "query"
+    queries = sorted(rows[column][:], key=lambda q: len(q if isinstance(q, str) else " ".join(q)))
+    every = "candidates" not in rows.column_names
+    offered = (
+        _rows(args, "candidates", every=True)["text"][:] if every else [t for some in rows["candidates"] for t in some]
+    )
+    return queries[len(queries) // 2], list(dict.fromkeys(offered))[: args.limit or MOUNT]
+
+
+def _bytes(scorer: Any, texts: list[str]) -> int:
+    with tempfile.TemporaryDirectory() as place, Index.create(scorer, place, dtype="float16") as index:
+        index.add([(str(i), text) for i, text in enumerate(texts)])
+        return index.store.nbytes
+
+
+def by_k(args: argparse.Namespace) -> None:
+    """Table 4: k vectors of a candidate, the last layer."""
+    ways = {f"k{k}": Way("mixencoder", {"k": k, **STARTED}) for k in (1, 2, 3, 4, 10)}
+    _varied(args, ways, "k")
+
+
+def by_layers(args: argparse.Namespace) -> None:
+    """Figure 3a and table 7: interaction at the last 1, 2, ... layers."""
+    last = WAYS["dual"].make(args.name).encoder.config.num_hidden_layers
+    ways = {
+        f"layers{count}": Way("mixencoder", {"layers": tuple(range(-count, 0)), **STARTED})
+        for count in range(1, last + 1)
+    }
+    _varied(args, ways, "layers")
+
+
+def _varied(args: argparse.Namespace, ways: dict[str, Way], what: str) -> None:
+    _measured(args, {name: way.make(args.name) for name, way in ways.items()}, what)
+    if args.passes:
+        for name, way in ways.items():
+            _learned(args, name, way)
+
+
+def scaling(args: argparse.Namespace) -> None:
+    """Ranking a store of random vectors: seconds, and by how much the process grew, which a chunk bounds and not the store."""
+    for name in ("dual", "mix-a"):
+        one, count = WAYS[name].make(args.name), 1_000
+        while count <= (args.limit or args.largest):
+            found = _ranked(args, one, count)
+            print(f"{name} {count}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items()), flush=True)
+            if not args.limit:
+                record(
+                    FILE,
+                    f"pairs-scaling-{name}-{count}",
+                    f"one query ranked among {count:,} candidates on disk, {name}",
+                    found.pop("seconds"),
+                    "s",
+                    spread={k: round(v, 1) for k, v in found.items()},
+                    examples=count,
+                    note=f"random vectors in float16, chunks of {one.chunk}; {torch.get_num_threads()} threads",
+                )
+            count *= 10
+
+
+def _ranked(args: argparse.Namespace, made: Any, count: int) -> dict[str, float]:
+    place = args.out / f"random-{count}"
+    shutil.rmtree(place, ignore_errors=True)
+    with Index.create(made, place, dtype="float16") as index:
+        _fill(index.store, count)
+        before = _most_memory()
+        timing = paired({"rank": partial(index.rank, "what was the question?", 10)}, rounds=args.rounds)["rank"]
+        found = {
+            "seconds": timing.median,
+            "grown_mb": (_most_memory() - before) / 1e6,
+            "store_mb": index.store.nbytes / 1e6,
+        }
+    shutil.rmtree(place)
+    return found
+
+
+def _most_memory() -> int:
+    """The most bytes that this process ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _fill(store: CandidateStore, count: int) -> None:
+    draw = np.random.default_rng(0)
+    shape = (store.schema.k, store.schema.dim)
+    for start in range(0, count, 50_000):
+        names = [str(i) for i in range(start, min(start + 50_000, count))]
+        store.add(names, draw.standard_normal((len(names), *shape), dtype=np.float32))
+
+
+if __name__ == "__main__":
+    main()

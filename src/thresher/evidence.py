@@ -1,0 +1,196 @@
+"""What attention says about the tokens it read, and how that is gathered row by row from probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from thresher.packed import PackedTokens
+from thresher.tiles import diagonal_tiles
+from thresher.timing import mark
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which evidence a policy wants from one layer.
+
+    mass: attention each token receives. diagonal: what it gives itself. by_segment: mass split by the querying segment.
+    block: size b of the diagonal blocks, 0 for none. full: the whole map.
+    detached: the evidence only selects and no gradient is asked of it, so that a kernel without a backward may make it.
+    """
+
+    mass: bool = False
+    diagonal: bool = False
+    by_segment: bool = False
+    block: int = 0
+    full: bool = False
+    detached: bool = False
+
+    @property
+    def received(self) -> bool:
+        """Whether something is summed over queries."""
+        return self.mass or self.diagonal or self.by_segment
+
+    def __bool__(self) -> bool:
+        return self.received or self.full or self.block > 0
+
+
+NOTHING = Wanted()
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one layer's attention says about its tokens; A_h[i, j] is the probability query i of head h puts on key j.
+
+    mass: [T], mean over heads and real queries of A_h[i, j]; sums to 1 over a row (the AM score of PoWER-BERT, LAT and
+    LTP).
+    diagonal: [T], mean over heads of A_h[j, j]; `mass_off_diagonal` leaves it out, as PoWER-BERT does.
+    by_segment: [T, 2], the mass received from queries of segment 0 and of segment 1, each a mean over that segment's
+    queries
+        (zero where a row has none).
+    blocks: [sum of ceil(n / b), H, b, b], diagonal blocks row after row, zero beyond a row's end.
+    full: one [H, n, n] for each row.
+    """
+
+    mass: Tensor | None = None
+    diagonal: Tensor | None = None
+    by_segment: Tensor | None = None
+    blocks: Tensor | None = None
+    full: tuple[Tensor, ...] | None = None
+
+    def mass_off_diagonal(self, tokens: PackedTokens) -> Tensor:
+        """[T], mass without the query i = j (still divided by the number of all real queries)."""
+        assert self.mass is not None
+        assert self.diagonal is not None
+        queries = tokens.layout.spread(tokens.lengths).to(self.mass.dtype)
+        return self.mass - self.diagonal / queries
+
+
+NO_EVIDENCE = Evidence()
+
+
+@dataclass(frozen=True)
+class Row:
+    """What attention needs to know of one row's n tokens beside q, k, v."""
+
+    positions: Tensor
+    segments: Tensor
+    log_weight: Tensor | None
+    alive: Tensor | None
+
+
+class Gathered:
+    """Collects one layer's evidence row by row."""
+
+    def __init__(self, wanted: Wanted, query: Tensor, sizes: list[int] | None) -> None:
+        """query: [H, T, d]. sizes: of the rows, when nothing learns, and blocks are written where they will stay."""
+        self.wanted = wanted
+        self.rows: list[_RowEvidence] = []
+        self.tiles: Tensor | None = None
+        if wanted.block and sizes is not None:
+            self.counts = [-(-n // wanted.block) for n in sizes]
+            shape = (sum(self.counts), len(query), wanted.block, wanted.block)
+            self.tiles = torch.zeros(shape, dtype=torch.float32, device=query.device)
+            self.places = self.tiles.split(self.counts)
+
+    def row(self, row: Row) -> _RowEvidence:
+        place = None if self.tiles is None else self.places[len(self.rows)]
+        self.rows.append(_RowEvidence(self.wanted, row, place))
+        return self.rows[-1]
+
+    def evidence(self) -> Evidence:
+        mark("attention")
+        wanted, rows = self.wanted, self.rows
+        join = lambda wanted, one: join_rows([one(row) for row in rows]) if wanted else None  # noqa: E731
+        found = Evidence(
+            mass=join(wanted.mass, _RowEvidence.mass),
+            diagonal=join(wanted.diagonal, _RowEvidence.diagonal),
+            by_segment=join(wanted.by_segment, _RowEvidence.by_segment),
+            blocks=join(wanted.block, _RowEvidence.blocks) if self.tiles is None else self.tiles,
+            full=tuple(join_rows(row.maps) for row in rows) if wanted.full else None,
+        )
+        mark("evidence")
+        return found
+
+
+class _RowEvidence:
+    """Evidence of one row, from its probabilities as they come: all heads at once or head by head."""
+
+    def __init__(self, wanted: Wanted, row: Row, place: Tensor | None) -> None:
+        self.wanted = wanted
+        self.place = place
+        self.alive = row.alive
+        self.count = 0
+        self.sums: list[Tensor] = []
+        self.diagonals: list[Tensor] = []
+        self.queried: list[Tensor] = []
+        self.tiles: list[Tensor] = []
+        self.maps: list[Tensor] = []
+        self.segments = row.segments
+
+    def heads(self, probabilities: Tensor) -> None:
+        """[h, n, n]"""
+        mark("attention")
+        wanted, before = self.wanted, self.count
+        self.count += probabilities.shape[0]
+        if wanted.mass:
+            self._add(self.sums, _column_sum(probabilities, self.alive))
+        if wanted.diagonal:
+            self._add(self.diagonals, probabilities.diagonal(dim1=1, dim2=2).sum(0))
+        if wanted.by_segment:
+            self._add(self.queried, _segment_sums(probabilities, self._queries(probabilities.dtype)))
+        if wanted.block:
+            place = None if self.place is None else self.place[:, before : self.count]
+            self.tiles.append(diagonal_tiles(probabilities, wanted.block, place))
+        if wanted.full:
+            self.maps.append(probabilities)
+        mark("evidence")
+
+    @staticmethod
+    def _add(sums: list[Tensor], value: Tensor) -> None:
+        sums[:] = [sums[0] + value] if sums else [value]
+
+    def _queries(self, dtype: torch.dtype) -> Tensor:
+        """[2, n], the real queries of each segment."""
+        in_second = self.segments.to(dtype)
+        queries = torch.stack([1 - in_second, in_second])
+        return queries if self.alive is None else queries * self.alive.to(dtype)
+
+    def mass(self) -> Tensor:
+        (total,) = self.sums
+        return total / ((total.shape[0] if self.alive is None else self.alive.sum()) * self.count)
+
+    def diagonal(self) -> Tensor:
+        return self.diagonals[0] / self.count
+
+    def by_segment(self) -> Tensor:
+        (total,) = self.queried
+        counts = self._queries(total.dtype).sum(1, keepdim=True).clamp(min=1)
+        return (total / (counts * self.count)).T
+
+    def blocks(self) -> Tensor:
+        return self.tiles[0] if len(self.tiles) == 1 else torch.cat(self.tiles, 1)
+
+
+def _column_sum(probabilities: Tensor, alive: Tensor | None) -> Tensor:
+    """[n], the sum over heads and living queries of [h, n, n] float32."""
+    weights = torch.ones_like(probabilities[:, :, 0])
+    if alive is not None:
+        weights = weights * alive.to(weights.dtype)
+    if torch.is_autocast_enabled(probabilities.device.type):  # which would round what a product sums
+        return (probabilities * weights.unsqueeze(2)).sum((0, 1))
+    # One matrix-vector product over the [h * n, n] view: the cheapest column sum on every device.
+    return weights.reshape(-1) @ probabilities.reshape(-1, probabilities.shape[-1])
+
+
+def _segment_sums(probabilities: Tensor, queries: Tensor) -> Tensor:
+    """[2, n], for the queries of each segment ([2, n] of ones and zeros) the sum over heads of [h, n, n] float32."""
+    if torch.is_autocast_enabled(probabilities.device.type):
+        return (probabilities.sum(0) * queries.unsqueeze(2)).sum(1)
+    return queries.repeat(1, len(probabilities)) @ probabilities.reshape(-1, probabilities.shape[-1])
+
+
+def join_rows(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,120 @@
+"""The small networks that speak after a layer. Each takes PackedTokens and sees nothing but a row's own tokens."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from thresher.packed import Layout, PackedTokens
+
+NO_ANSWER = -1e4  # far below any logit; yet sums and losses of it stay finite, in half precision too
+
+
+def first_states(tokens: PackedTokens) -> Tensor:
+    """[B, D], the state of each row's first token, which no policy drops."""
+    if tokens.layout.single:
+        return tokens.hidden[:1]
+    return tokens.hidden[tokens.layout.cu_seqlens[:-1].to(torch.int64)]
+
+
+def softmax_in_rows(scores: Tensor, layout: Layout) -> Tensor:
+    """scores: [T, H] → [T, H], which sum to 1 over the tokens of each row."""
+    if layout.single:
+        return scores.softmax(0)
+    rows = layout.rows.unsqueeze(1).expand_as(scores)
+    empty = scores.new_zeros(len(layout.lengths), scores.shape[1])
+    top = empty.scatter_reduce(0, rows, scores.detach(), "amax", include_self=False)
+    weights = (scores - top[layout.rows]).exp()
+    return weights / empty.index_add(0, layout.rows, weights)[layout.rows]
+
+
+def sum_in_rows(values: Tensor, layout: Layout) -> Tensor:
+    """values: [T, D] → [B, D]."""
+    if layout.single:
+        return values.sum(0, keepdim=True)
+    return values.new_zeros(len(layout.lengths), values.shape[1]).index_add(0, layout.rows, values)
+
+
+class LinearBranch(nn.Module):
+    """A linear layer on the first token's state: [B, C]."""
+
+    def __init__(self, size: int, outputs: int) -> None:
+        super().__init__()
+        self.classify = nn.Linear(size, outputs)
+
+    def forward(self, tokens: PackedTokens) -> Tensor:
+        return self.classify(first_states(tokens))  # type: ignore[no-any-return]
+
+    @staticmethod
+    def flops(size: int, outputs: int) -> int:
+        return 2 * size * outputs
+
+
+class PooledBranch(nn.Module):
+    """A pooler as BERT's and a linear layer, on the first token's state: [B, C]."""
+
+    def __init__(self, size: int, outputs: int) -> None:
+        super().__init__()
+        self.pool = nn.Linear(size, size)
+        self.classify = nn.Linear(size, outputs)
+
+    def forward(self, tokens: PackedTokens) -> Tensor:
+        return self.classify(self.pool(first_states(tokens)).tanh())  # type: ignore[no-any-return]
+
+    @staticmethod
+    def flops(size: int, outputs: int) -> int:
+        return 2 * size * size + 2 * size * outputs
+
+
+class AttentiveBranch(nn.Module):
+    """A narrow self-attention over the row's tokens, of which only the first one's result is computed: [B, C]."""
+
+    def __init__(self, size: int, width: int, heads: int, outputs: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.narrow = nn.Linear(size, width)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        self.pool = nn.Linear(width, width)
+        self.classify = nn.Linear(width, outputs)
+
+    def forward(self, tokens: PackedTokens) -> Tensor:
+        layout = tokens.layout
+        narrow = tokens.with_hidden(self.narrow(tokens.hidden).tanh())
+        split = lambda x: x.unflatten(1, (self.heads, -1))  # noqa: E731
+        query, key = layout.spread(self.query(first_states(narrow))), self.key(narrow.hidden)
+        scores = split(query * key).float().sum(2) / math.sqrt(key.shape[1] // self.heads)
+        if tokens.log_weight is not None:
+            scores = scores + tokens.log_weight.float().unsqueeze(1)
+        weights = softmax_in_rows(scores, layout).unsqueeze(2)
+        context = sum_in_rows((weights * split(self.value(narrow.hidden))).flatten(1), layout)
+        return self.classify(self.pool(self.out(context)).tanh())  # type: ignore[no-any-return]
+
+    @staticmethod
+    def flops(n: int, size: int, width: int, outputs: int) -> int:
+        every = 2 * size * width + 4 * width * width + 4 * width  # narrowed, key and value, score and sum
+        return n * every + 6 * width * width + 2 * width * outputs
+
+
+class SpanBranch(nn.Module):
+    """A linear layer on every token: start and end logits [B, N, 2] by column of the padded input, NO_ANSWER where none is."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.point = nn.Linear(size, 2)
+
+    def forward(self, tokens: PackedTokens) -> Tensor:
+        layout, logits = tokens.layout, self.point(tokens.hidden).float()
+        if tokens.alive is not None:
+            logits = logits.masked_fill(~tokens.alive.unsqueeze(1), NO_ANSWER)
+        empty = logits.new_full((len(layout.lengths) * layout.width, 2), NO_ANSWER)
+        place = layout.positions if layout.single else layout.rows * layout.width + layout.positions
+        return empty.index_copy(0, place, logits).view(-1, layout.width, 2)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def flops(n: int, size: int) -> int:
+        return 4 * n * size

@@ -1,0 +1,164 @@
+"""Exits by when the answer has stopped changing: PABEE, and the same for spans."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from thresher.errors import OptionError
+from thresher.exits.base import Exit, ExitConfig, Kind, Memory, from_answers, from_labels
+from thresher.exits.branches import NO_ANSWER, LinearBranch, SpanBranch
+from thresher.exits.certain import labels_of
+from thresher.policy import Batch, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettledExit(ExitConfig):
+    """A row leaves when as many layers in a row as `patience` have said the same as the layer before them.
+
+    So nobody leaves before layer patience + 1. None: half the layers. `strength` divides it.
+    """
+
+    at_run_time: ClassVar[tuple[str, ...]] = ("patience", "strength")
+
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.patience is not None and (self.patience < 1 or self.patience != int(self.patience)):
+            raise OptionError(f"patience must be a whole number of at least 1, not {self.patience!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PABEE(SettledExit):
+    """PABEE (Zhou et al., NeurIPS 2020): leave when the prediction has stayed the same for `patience` layers, counted for each
+    row.
+
+    A branch is a linear layer on the first token; branches and model learn together from labels, layer l with weight l. A value
+    is the same when it has moved by at most `tolerance`.
+    """
+
+    method: ClassVar[str] = "pabee"
+    labelled: ClassVar[bool] = True
+    serves: ClassVar[tuple[Kind, ...]] = ("classes", "labels", "value")
+    at_run_time: ClassVar[tuple[str, ...]] = ("patience", "tolerance", "strength")
+    tolerance: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.tolerance < math.inf:
+            raise OptionError(f"tolerance must be a number of at least 0, not {self.tolerance!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettledSpan(SettledExit):
+    """For question answering: leave when the likeliest start and end have stayed the same for `patience` layers.
+
+    A branch is a linear layer on every token still there, and learns what the model itself says of those at the end.
+    """
+
+    method: ClassVar[str] = "settled-span"
+    serves: ClassVar[tuple[Kind, ...]] = ("span",)
+
+
+SettledT = TypeVar("SettledT", bound=SettledExit)
+
+
+class PatientExit(Exit[SettledT]):
+    """A row leaves when its answer has settled. Remembers of each row its last answer and for how many layers it has held."""
+
+    def check(self, config: SettledT) -> None:
+        """A patience must let somebody leave before the last layer."""
+        most = self.geometry.layers - 2
+        if config.patience is not None and config.patience > most:
+            raise OptionError(
+                f"With patience={config.patience} nobody leaves before the last of {self.geometry.layers} layers; "
+                + (f"give at most {most}." if most > 0 else "such an exit needs a model of at least 3 layers.")
+            )
+
+    def patience(self) -> int:
+        given = self.config.patience
+        patience = max(1, min(self.geometry.layers // 2, self.geometry.layers - 2)) if given is None else given
+        return max(1, math.ceil(patience / self.config.strength))
+
+    def answer(self, said: Tensor) -> Tensor:
+        """[B, K], what is compared from layer to layer."""
+        raise NotImplementedError
+
+    def same(self, now: Tensor, last: Tensor) -> Tensor:
+        """[B] bool."""
+        return (now == last).all(1)
+
+    def decide(self, layer: int, said: Tensor, before: Memory | None) -> tuple[Tensor | None, Memory | None]:
+        now = self.answer(said)
+        if before is None:
+            return None, (now, torch.zeros(len(now), dtype=torch.int64, device=now.device))
+        last, held = before
+        held = torch.where(self.same(now, last), held + 1, 0)
+        patience = self.patience()
+        return held >= patience if layer > patience else None, (now, held)
+
+
+class PABEEExit(PatientExit[PABEE]):
+    """Settled predictions, linear branches, trained with the model."""
+
+    def branch(self) -> nn.Module:
+        return LinearBranch(self.geometry.hidden, self.head.outputs)
+
+    def overhead_flops(self, n: int) -> int:
+        return LinearBranch.flops(self.geometry.hidden, self.head.outputs)
+
+    def answer(self, said: Tensor) -> Tensor:
+        if self.head.kind == "classes":
+            return said.argmax(-1, keepdim=True)
+        return said if self.head.kind == "value" else said > 0
+
+    def same(self, now: Tensor, last: Tensor) -> Tensor:
+        if self.head.kind == "value":
+            return ((now - last).abs() <= self.config.tolerance).all(1)
+        return super().same(now, last)
+
+    def loss(self, branches: list[Tensor], outputs: Tensor, batch: Batch) -> Tensor:
+        """The mean over layers of the task's loss, layer l with weight l; the last is the model's own."""
+        labels = labels_of(batch)
+        every = [*branches, outputs.reshape(len(outputs), -1).float()]
+        losses = torch.stack([from_labels(self.head, said, labels) for said in every])
+        weights = torch.arange(1, len(every) + 1, device=losses.device, dtype=losses.dtype)
+        return (weights * losses).sum() / weights.sum()
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (
+            Stage(
+                name="exit",
+                mode="hard",
+                epochs=3,
+                learning_rate=2e-5,
+                exit_learning_rate=2e-4,
+                label_weight=0.0,
+            ),
+        )
+
+
+class SettledSpanExit(PatientExit[SettledSpan]):
+    """Settled spans, a linear layer on every token, self-distillation."""
+
+    def branch(self) -> nn.Module:
+        return SpanBranch(self.geometry.hidden)
+
+    def overhead_flops(self, n: int) -> int:
+        return SpanBranch.flops(n, self.geometry.hidden)
+
+    def answer(self, said: Tensor) -> Tensor:
+        return said.argmax(1)
+
+    def loss(self, branches: list[Tensor], outputs: Tensor, batch: Batch) -> Tensor:
+        """The sum over branches of KL(model || branch), over the tokens that the branch still has."""
+        total = []
+        for said in branches:
+            wanted = torch.where(said == NO_ANSWER, NO_ANSWER, outputs.detach().float())
+            total.append(from_answers(said.transpose(1, 2).flatten(0, 1), wanted.transpose(1, 2).flatten(0, 1)))
+        return torch.stack(total).sum()

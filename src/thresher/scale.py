@@ -1,0 +1,292 @@
+"""The same work in many processes: candidates encoded and pairs scored by workers that take and give dicts of arrays.
+
+`CandidateEncoder` and `Rerank` are picklable and read their scorer when they are first called, in whatever process that is, so
+that they fit Ray Data as they are:
+
+    rows = ray.data.read_json("passages.jsonl")
+    encoded = rows.map_batches(CandidateEncoder, fn_constructor_args=("scorer",), concurrency=8, batch_size=512)
+    with Index.create(load("scorer"), "store") as index:
+        write(index, encoded.iter_batches(batch_size=2048))
+
+`fill` does this on one machine with worker processes of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from thresher.errors import DataError, OptionError, ThresherError
+from thresher.pairs.keeping import BATCH, CUT, Added, Index
+
+Batch = Mapping[str, np.ndarray]
+
+
+class _Worker:
+    """Loads the scorer of a directory at its first call and leaves it behind when it is pickled.
+
+    scorer: the directory. threads: torch's in a worker; None leaves them as they are. device: as `thresher.pairs.load`.
+    """
+
+    def __init__(self, scorer: str | Path, *, device: str | None = None, threads: int | None = None) -> None:
+        self.directory = str(scorer)
+        self.device = device
+        self.threads = threads
+        self._scorer: Any = None
+
+    @property
+    def scorer(self) -> Any:
+        if self._scorer is None:
+            import torch
+
+            from thresher.pairs.saving import load
+
+            if self.threads is not None:
+                torch.set_num_threads(self.threads)
+            self._scorer = load(self.directory, device=self.device)
+        return self._scorer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_scorer": None}
+
+
+class CandidateEncoder(_Worker):
+    """Candidates to what a store keeps of them.
+
+    __call__ takes `id` and `text`, [N] each (a text, or the list of a dialogue's utterances), and gives `id` as texts [N],
+    `vectors` [N] of float32 arrays [k or n, d], `cut` [N] int64 (1 in the first row for every candidate that was cut, so that
+    they add up), and for a scorer with a lexical signal `terms` [N, M] int32.
+    Raises DataError for a missing column or what is no text.
+    """
+
+    def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
+        texts = [_plain(text) for text in _column(batch, "text")]
+        names = [str(_plain(name)) for name in _column(batch, "id")]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=f".*{CUT}")
+            cache = self.scorer.encode_candidates(texts, names)
+        cut = np.zeros(len(names), np.int64)
+        cut[0] = cache.cut
+        found = {
+            "id": np.array(names, object),
+            "vectors": _objects(vectors.numpy() for vectors in cache.data.split(cache.lengths.tolist())),
+            "cut": cut,
+        }
+        return found if cache.terms is None else found | {"terms": cache.terms.numpy()}
+
+
+class Rerank(_Worker):
+    """Candidates ranked for queries: those that each query brings, or those of a store.
+
+    store: the directory of an index of this scorer. k: how many are given back at most; None for all.
+
+    __call__ takes `query` [N], and without a store `candidates` [N] of lists of texts; it gives all columns that it was given,
+    and best first `ranked` [N] of arrays of ids (places among the query's candidates, or ids of the store) and `scores` [N]
+    of float32 arrays.
+    Raises DataError for a missing column, what is no text, or a query without candidates.
+    """
+
+    def __init__(self, scorer: str | Path, store: str | Path | None = None, k: int | None = 10, **worker: Any) -> None:
+        super().__init__(scorer, **worker)
+        if k is not None and k < 1:
+            raise OptionError(f"Ranking gives at least 1 candidate, not {k}.")
+        self.store = None if store is None else str(store)
+        self.k = k
+        self._index: Index | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_index": None}
+
+    def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
+        queries = [_plain(query) for query in _column(batch, "query")]
+        if self.store is not None:
+            found = [self._opened.rank(query, self.k) for query in queries]
+        else:
+            offered = [_plain(texts) for texts in _column(batch, "candidates")]
+            found = [self.scorer.rank(query, texts, self.k) for query, texts in zip(queries, offered, strict=True)]
+        ranked = _objects(np.array([name for name, _ in one]) for one in found)
+        scores = _objects(np.array([score for _, score in one], np.float32) for one in found)
+        return {**batch, "ranked": ranked, "scores": scores}
+
+    @property
+    def _opened(self) -> Index:
+        assert self.store is not None
+        if self._index is None:
+            self._index = Index.open(self.scorer, self.store)
+        return self._index
+
+
+def write(index: Index, batches: Iterable[Batch], on_done: Callable[[int], None] | None = None) -> Added:
+    """Keep what `CandidateEncoder` gave, a batch at a time; each is committed as a whole.
+
+    Ids that the store has already are skipped, so that after an interruption the same call goes on. The order of the batches is
+    that of the store. on_done: called with the number of candidates just dealt with.
+    Raises StoreError as `CandidateStore.add` does: a batch encoded by another kind of scorer does not fit.
+    """
+    new = there = cut = 0
+    for batch in batches:
+        names = [str(name) for name in batch["id"]]
+        fresh = np.flatnonzero(~index.store.contains(names))
+        if len(fresh):
+            vectors = [np.asarray(_stacked(batch["vectors"][i]), np.float32) for i in fresh]
+            terms = np.stack([np.asarray(batch["terms"][i]) for i in fresh]) if "terms" in batch else None
+            lengths = np.array([len(one) for one in vectors])
+            index.put([names[i] for i in fresh], np.concatenate(vectors), lengths, terms)
+        new, there, cut = new + len(fresh), there + len(names) - len(fresh), cut + int(np.sum(batch["cut"]))
+        if on_done is not None:
+            on_done(len(names))
+    return Added(new, there, cut)
+
+
+def fill(
+    index: Index,
+    scorer: str | Path,
+    candidates: Iterable[tuple[str, Any]],
+    *,
+    workers: int = 2,
+    batch: int = BATCH,
+    restarts: int = 3,
+    threads: int | None = 1,
+    device: str | None = None,
+    on_done: Callable[[int], None] | None = None,
+) -> Added:
+    """`Index.add` with (id, text) candidates encoded in `workers` processes.
+
+    Batches are committed in order and by this process alone, so that the store holds what `Index.add` would have put there. A
+    worker that is killed is replaced, and what it had is done again; when this process is, the same call goes on from the last
+    committed batch. Ids that are there already are not encoded.
+
+    scorer: the directory that the index's scorer was saved to. restarts: how often workers are replaced before it is an error.
+    threads: torch's in each worker. on_done: as in `write`. Warns once, at the end, of candidates that were cut.
+    Raises OptionError for counts below 1, DataError as `Index.add`, ThresherError where workers keep dying.
+    """
+    if workers < 1 or batch < 1:
+        raise OptionError(f"Indexing takes at least 1 worker and 1 candidate a batch, not {workers} and {batch}.")
+    encoder = CandidateEncoder(scorer, device=device, threads=threads)
+    missing = _Missing(index, candidates, batch, on_done)
+    new = write(index, _encoded(encoder, missing, workers, restarts), on_done)
+    added = Added(new.new, new.there + missing.there, new.cut)
+    added.warn()
+    return added
+
+
+class _Missing:
+    """Candidates that a store lacks, in batches. there: those that it has, so far."""
+
+    def __init__(
+        self, index: Index, candidates: Iterable[tuple[str, Any]], size: int, on_done: Callable[[int], None] | None
+    ) -> None:
+        self.there = 0
+        self._on_done = on_done
+        self._index = index
+        self._rest = iter(candidates)
+        self._size = size
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        seen: set[str] = set()
+        while given := list(itertools.islice(self._rest, self._size)):
+            names = [name for name, _ in given]
+            twice = next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
+            if twice is not None:
+                raise DataError(f"The id {twice!r} is given twice; every candidate needs its own.")
+            known = self._index.store.contains(names)
+            self.there += int(known.sum())
+            if self._on_done is not None and known.any():
+                self._on_done(int(known.sum()))
+            new = [one for one, there in zip(given, known, strict=True) if not there]
+            if new:
+                yield {"id": _objects(name for name, _ in new), "text": _objects(text for _, text in new)}
+
+
+def _encoded(
+    encoder: CandidateEncoder, batches: Iterable[Batch], workers: int, restarts: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """What the workers give, in the order of `batches`; twice as many as there are workers are on their way at a time."""
+    rest = iter(batches)
+    waiting: deque[Batch] = deque()
+    running: deque[Future[dict[str, np.ndarray]]] = deque()
+    pool = _pool(workers, encoder)
+    try:
+        while True:
+            while len(waiting) < 2 * workers and (batch := next(rest, None)) is not None:
+                waiting.append(batch)
+            if not waiting:
+                return
+            try:
+                while len(running) < len(waiting):
+                    running.append(pool.submit(_encode, waiting[len(running)]))
+                found = running[0].result()
+            except BrokenProcessPool as error:
+                pool.shutdown(wait=False, cancel_futures=True)
+                if not restarts:
+                    raise ThresherError(
+                        "Workers were killed again and again while encoding; give fewer workers or a smaller batch, should "
+                        "memory be short. What was committed is kept, and the same call goes on from there."
+                    ) from error
+                restarts -= 1
+                running.clear()
+                pool = _pool(workers, encoder)
+                continue
+            waiting.popleft()
+            running.popleft()
+            yield found
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _pool(workers: int, encoder: CandidateEncoder) -> ProcessPoolExecutor:
+    # Not forked: torch's threads do not survive it.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(encoder,))
+
+
+_encoder: CandidateEncoder | None = None  # of a worker process
+
+
+def _begin(encoder: CandidateEncoder) -> None:
+    global _encoder
+    _encoder = encoder
+
+
+def _encode(batch: Batch) -> dict[str, np.ndarray]:
+    assert _encoder is not None
+    return _encoder(batch)
+
+
+def _column(batch: Batch, name: str) -> np.ndarray:
+    if name not in batch:
+        raise DataError(f"A batch needs the column {name!r}; it has {', '.join(batch) or 'none'}.")
+    return batch[name]
+
+
+def _plain(value: Any) -> Any:
+    """Texts and lists of them, as arrays of some libraries hold them, as Python's own."""
+    if isinstance(value, np.ndarray | list | tuple):
+        return [_plain(one) for one in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _stacked(value: Any) -> Any:
+    """[n, d] also of what came back as n rows."""
+    return value if isinstance(value, np.ndarray) and value.dtype != object else np.stack(list(value))
+
+
+def _objects(values: Iterable[Any]) -> np.ndarray:
+    """[N] of anything; an array of arrays stays one of N of them, however alike their shapes are."""
+    given = list(values)
+    made = np.empty(len(given), object)
+    for place, value in enumerate(given):
+        made[place] = value
+    return made
+
+
+__all__ = ["CandidateEncoder", "Rerank", "fill", "write"]

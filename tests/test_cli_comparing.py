@@ -1,0 +1,182 @@
+"""thresher compare: one command from a model and rows to a report and a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import thresher
+from commands import call, fails, ok, synthetic, write_rows
+from helpers import build, config_of, tokenizer
+from thresher.cli.comparing import _drawn, _each
+from thresher.cli.work import ResponseWork, TextWork, Truth
+from thresher.tasks.ranking import ranking_metrics
+from thresher.tasks.text import TextTask
+
+QUICK = ("--passes", 16, "--stage", "batch_size=8", "--precision", "float32", "--speedups", "1.3", "--rounds", 1)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a head, one without, rows, and a comparison that was made."""
+    root = tmp_path_factory.mktemp("compare")
+    for name, head in (("clf", "sequence"), ("base", "base")):
+        build(config_of("bert", 2, num_labels=2), head).save_pretrained(root / name)
+        tokenizer().save_pretrained(root / name)
+    rows = synthetic(48)
+    write_rows(root / "train.jsonl", rows[:24])
+    write_rows(root / "check.jsonl", rows[24:])
+    done = call(*command(root), "--json")
+    assert done.exit_code == 0, done.stderr
+    (root / "said.json").write_text(done.stdout)
+    (root / "notices").write_text(done.stderr)
+    return root
+
+
+def command(root: Path, *more: object) -> tuple[object, ...]:
+    return (
+        "compare", root / "base", root / "train.jsonl", "--validation", root / "check.jsonl", "--out", root / "out",
+        "--methods", "attention-mass,ase,random", "--speedup", 1.4, *QUICK, *more,
+    )  # fmt: skip
+
+
+def test_compare_reports_and_saves(place: Path) -> None:
+    said = json.loads((place / "said.json").read_text())
+    assert said["metric"] == "accuracy"
+    assert said["target"] == {"speedup": 1.4}
+    assert "one half of" in said["parts"]["chosen"]["what"]
+    assert (said["parts"]["chosen"]["rows"], said["parts"]["judged"]["rows"]) == (12, 12)
+    assert said["passes"] == {"attention-mass": 16, "random": 0}
+    assert "two texts" in said["left_out"]["ase"]
+    assert said["settings"]["fine_tune"]  # the head is new
+    assert said["pick"]["chosen"]["speedup"] >= 1.4
+    assert all(one["error"] is not None for one in said["points"])
+    out = place / "out"
+    assert {"comparison.json", "comparison.html", "frontier.svg"} <= {file.name for file in out.iterdir()}
+    model = thresher.load(said["best"])
+    assert thresher.policy_of(model).config.method == said["pick"]["contestant"]
+    # Later commands need no options.
+    assert ok("evaluate", said["best"], place / "check.jsonl")["rows"] == 24
+    assert "2/4 attention-mass" in (place / "notices").read_text()
+
+
+def test_the_same_command_goes_on_and_shows_a_table(place: Path) -> None:
+    done = call(*command(place))
+    assert done.exit_code == 0, done.stderr
+    assert "Going on with the comparison in" in done.stderr
+    for words in ("The frontier", "FLOPs speedup", "± standard error", "Left out", "needs rows of two texts",
+                  "Leaving out padding alone gains", "the pick is", f"thresher bench {place / 'out' / 'best'}"):  # fmt: skip
+        assert words in done.stdout
+    said = json.loads((place / "said.json").read_text())
+    assert json.loads((place / "out" / "comparison.json").read_text())["points"] == said["points"]
+
+
+def test_a_target_that_nobody_meets_is_said_and_no_error(place: Path) -> None:
+    words = [word for word in command(place) if word not in ("--speedup", 1.4)]
+    done = call(*words, "--speedup", 500, "--trained-at", 1.4)
+    assert done.exit_code == 0, done.stderr
+    assert "Nothing meets a FLOPs speedup of at least 500x; the nearest is" in done.stdout
+    assert not (place / "out" / "best").exists()
+    assert call(*command(place)).exit_code == 0  # and back
+    assert (place / "out" / "best").is_dir()
+
+
+def test_rows_of_a_test_split_judge(place: Path, tmp_path: Path) -> None:
+    said = ok("compare", place / "clf", place / "train.jsonl", "--test", place / "check.jsonl", "--test-limit", 10,
+              "--out", tmp_path / "out", "--methods", "random", "--max-loss", 1, *QUICK, "--rounds", 0)  # fmt: skip
+    assert said["parts"]["judged"] == {"what": str(place / "check.jsonl"), "rows": 10}
+    assert "held-out rows" in said["parts"]["chosen"]["what"]
+    assert not said["settings"]["fine_tune"]
+    assert said["frontier"][0]["measured"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (("--methods", "ltq"), "There is no method 'ltq'; did you mean 'ltp'"),
+        (("--passes", 20), r"comparison with other settings \(start_passes, passes\)"),
+        (("--speedups", "fast"), "--speedups takes numbers"),
+        (("--max-loss", 0.1), "Give one target"),
+        (("--stage", "epochs=2"), "leave out epochs"),
+        (("--methods", "ase"), "No method can be trained on these rows"),
+        (("--seed", 5), "comparison with other settings"),
+    ],
+)
+def test_bad_input_is_one_sentence(place: Path, words: tuple[object, ...], match: str) -> None:
+    before = (place / "out" / "run.json").read_text()
+    fails(*command(place, *words), match=match)
+    assert (place / "out" / "run.json").read_text() == before
+
+
+def test_answers_to_questions_are_judged_question_by_question(place: Path, tmp_path: Path) -> None:
+    """Questions about one passage stay together, and methods are those of such heads."""
+    build(config_of("bert", 3, num_labels=2), "question-answering").save_pretrained(tmp_path / "qa")
+    tokenizer().save_pretrained(tmp_path / "qa")
+    rows = []
+    for number in range(24):
+        words = [f"w{5 + (number // 2 * 7 + i * 5) % 50}" for i in range(12)]
+        answer = {"text": [words[number % 9]], "answer_start": [len(" ".join([*words[: number % 9], ""]))]}
+        rows.append({"id": str(number), "question": words[2], "context": " ".join(words), "answers": answer})
+    data, check = write_rows(tmp_path / "t.jsonl", rows[:12]), write_rows(tmp_path / "v.jsonl", rows[12:])
+    said = ok("compare", tmp_path / "qa", data, "--validation", check, "--out", tmp_path / "out", "--speedup", 1.2,
+              "--methods", "random,settled-span,block-skim,deebert", *QUICK, "--rounds", 0)  # fmt: skip
+    assert said["metric"] == "f1"
+    assert set(said["passes"]) == {"random", "settled-span", "block-skim"}
+    assert "serves heads of two or more classes" in said["left_out"]["deebert"]
+    assert said["settings"]["methods"][0]["settings"]["protect_segments"] == [0]
+    assert said["parts"]["judged"]["rows"] == said["parts"]["chosen"]["rows"] == 6
+    assert {one["contestant"] for one in said["points"]} | set(said["missed"]) == set(said["passes"])
+    assert all(one["error"] is not None for one in said["points"])
+
+
+def test_a_budget_below_a_batch_is_one_sentence(place: Path, tmp_path: Path) -> None:
+    fails("compare", place / "clf", place / "train.jsonl", "--validation", place / "check.jsonl", "--out", tmp_path / "o",
+          *QUICK, "--methods", "ltp", "--passes", 15, match=r"of ltp; give at least 16")  # fmt: skip
+    assert not (tmp_path / "o").exists()
+
+
+def test_one_validation_row_cannot_choose_and_judge(place: Path, tmp_path: Path) -> None:
+    one = write_rows(tmp_path / "one.jsonl", synthetic(1))
+    fails("compare", place / "clf", place / "train.jsonl", "--validation", one, "--out", tmp_path / "out", *QUICK,
+          match="One validation row cannot be divided")  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+# --- the metric of every row ---------------------------------------------------------------------------------------------
+
+
+def test_where_the_metric_is_a_mean_each_row_has_its_part() -> None:
+    draw = np.random.default_rng(0)
+    classes, logits = draw.integers(2, size=30), draw.normal(size=(30, 2))
+    values, said = draw.normal(size=30), draw.normal(size=(30, 1))
+    cases: list[tuple[Any, Truth, np.ndarray]] = [
+        (TextWork(text=TextTask("classification", 2)), Truth(list(classes)), logits),
+        (TextWork(text=TextTask("regression", 1, metric="mse")), Truth(list(values)), said),
+        (ResponseWork(measure="MRR"), Truth([1, 0, 0] * 10, [i // 3 for i in range(30)]), said),
+    ]
+    for work, truth, answers in cases:
+        each, quality = _each(work, truth), work.quality(truth, np.zeros(0))
+        assert each is not None
+        assert each(answers).mean() == pytest.approx(quality(answers))
+    assert len(_each(*cases[2][:2])(said)) == 10  # type: ignore[misc]
+    assert (
+        ranking_metrics(said, cases[2][1].labels, cases[2][1].groups)["MRR"]
+        == pytest.approx(  # type: ignore[arg-type]
+            _each(*cases[2][:2])(said).mean()  # type: ignore[misc]
+        )
+    )
+
+
+@pytest.mark.parametrize("metric", ["f1", "matthews"])
+def test_other_metrics_are_taken_of_the_rows_drawn(metric: str) -> None:
+    draw = np.random.default_rng(0)
+    labels, logits = draw.integers(2, size=20), draw.normal(size=(20, 2))
+    work, truth = TextWork(text=TextTask("classification", 2, metric=metric)), Truth(list(labels))  # type: ignore[arg-type]
+    assert _each(work, truth) is None
+    index = np.array([3, 3, 7, 11, 0, 1])
+    expected = work.text.score(logits[index], labels[index])
+    assert _drawn(work, truth)(logits, [index[:2], index[2:]]) == pytest.approx(expected)

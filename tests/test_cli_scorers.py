@@ -1,0 +1,84 @@
+"""The command line on scorers: trained, saved, and scored by what they rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commands import call, fails, ok, write_rows
+from helpers import make, tokenizer
+from pairs.scoring import scorer, toy
+from thresher.pairs import evaluate, load
+
+WORDS = [f"w{20 + i} w{10 + i}" for i in range(8)]
+LIMITS = ("--set", "max_query=22", "--set", "max_candidate=18")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("scorers")
+    make("bert", "base").save_pretrained(root / "encoder")
+    tokenizer().save_pretrained(root / "encoder")
+    scorer("mixencoder").save(root / "mixencoder")
+    write_rows(root / "rows.jsonl", list(toy(12)))
+    write_rows(root / "corpus.jsonl", [{"id": i, "text": text} for i, text in enumerate(WORDS)])
+    write_rows(root / "asked.jsonl", [{"query": f"w{20 + i}", "relevant": [i]} for i in range(4)])
+    return root
+
+
+def test_evaluate_own_candidates(place: Path) -> None:
+    said = ok("evaluate", place / "mixencoder", place / "rows.jsonl")
+    expected = evaluate(load(place / "mixencoder"), toy(12))
+    assert (said["scorer"], said["queries"], said["left_out"]) == ("mixencoder", 12, 0)
+    assert said["metrics"] == pytest.approx(expected.metrics) and set(said["metrics"]) >= {"R4@1", "MAP", "MRR", "P@1"}
+
+
+def test_evaluate_a_corpus_from_a_file_and_from_a_store(place: Path, tmp_path: Path) -> None:
+    file = ok("evaluate", place / "mixencoder", place / "asked.jsonl", "--candidates", place / "corpus.jsonl")
+    assert (file["candidates"], file["queries"]) == (8, 4)
+    store = ("--store", tmp_path / "store")
+    ok("index", place / "corpus.jsonl", "--model", place / "mixencoder", *store, "--dtype", "float32")
+    kept = ok("evaluate", place / "mixencoder", place / "asked.jsonl", *store)
+    assert kept["metrics"] == pytest.approx(file["metrics"])
+    shown = call("evaluate", place / "mixencoder", place / "asked.jsonl", *store)
+    assert shown.exit_code == 0 and "MRR" in shown.stdout
+
+
+def test_what_does_not_go_together(place: Path, tmp_path: Path) -> None:
+    asked = ("evaluate", place / "mixencoder", place / "asked.jsonl")
+    fails(*asked, match="need their corpus; give --candidates")
+    fails(*asked, "--candidates", place / "corpus.jsonl", "--store", tmp_path, match="not both")
+    fails(*asked, "--speedup", 2, match="--speedup is not for a scorer")
+    fails("evaluate", place / "encoder", place / "rows.jsonl", "--store", tmp_path, match="are for a scorer")
+    fails("evaluate", place / "mixencoder", place / "corpus.jsonl", match="are no pairs")
+
+
+def test_fit_save_evaluate_and_index(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scorer"
+    words: tuple[Any, ...] = ("fit-scorer", place / "encoder", place / "rows.jsonl", "--out", out, *LIMITS,
+                              "--set", "strategy=M", "--set", "start=dual", "--set", "layers=-2,-1", "--set", "lexical=4",
+                              "--set", "similarity=cosine", "--loss", "temperature=.05", "--policy", "attention-mass",
+                              "--batch-size", 6, "--epochs", 2, "--device", "cpu", "--precision", "float32")  # fmt: skip
+    said = ok(*words, "--validation", place / "rows.jsonl")
+    made = load(out)
+    assert (made.config.strategy, made.config.layers, made.config.lexical) == ("M", (-2, -1), 4)
+    assert said["metrics"] == pytest.approx(evaluate(made, toy(12)).metrics)
+    assert made.lexical.weight != 0 and said["loss"] > 0
+    assert not (out / "training").exists()
+    assert ok("evaluate", out, place / "rows.jsonl")["metrics"] == pytest.approx(said["metrics"])
+
+
+def test_help_has_an_example_and_json() -> None:
+    text = call("fit-scorer", "--help").stdout
+    assert "thresher fit-scorer minilm" in text and "--json" in text
+
+
+def test_fit_errors(place: Path, tmp_path: Path) -> None:
+    words = ("fit-scorer", place / "encoder", place / "rows.jsonl", "--out", tmp_path / "out", *LIMITS)
+    fails(*words, "--scorer", "mixencode", match="did you mean 'mixencoder'")
+    fails(*words, "--set", "kk=2", match="--set has no 'kk'")
+    fails(*words, "--loss", "temperature=0", match="temperature")
+    fails(*words, "--loss", "distil_weight=1", match="needs a teacher")
+    assert not (tmp_path / "out").exists()
