@@ -759,7 +759,7 @@ def test_settings_out_of_range_are_refused(kind: str, values: dict[str, Any]) ->
 @pytest.mark.parametrize(
     ("exit", "head", "extra", "reason"),
     [
-        ("fastbert", "token", {}, "has none"),
+        ("fastbert", "token", {}, "tagging heads"),
         ("fastbert", "base", {}, "has none"),
         ("fastbert", "question-answering", {"num_labels": 2}, "question-answering"),
         ("settled-span", "sequence", {}, "classes"),

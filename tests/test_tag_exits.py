@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,8 @@ def attached(family: str, config: ExitConfig, policy: PolicyConfig | None = None
             least = found.amin(0).sort().values
             thresher.set_exit(model, threshold=float(least[2] + least[3]) / 2)
         _, trace = traced(model, inputs)
-        varied = not isinstance(exit, TokEEExit) or len(set(trace.frozen_at()[real].tolist())) >= 3
+        fewer = any(sum(asking) < sum(reads) for asking, (reads, _) in zip(trace.asking, trace.reads, strict=False))
+        varied = not isinstance(exit, TokEEExit) or (fewer and len(set(trace.frozen_at()[real].tolist())) >= 3)
         if varied and min(trace.exited_at) < max(trace.exited_at):
             return model
     raise AssertionError("all rows leave together whatever the branches say")
@@ -232,6 +233,13 @@ def test_a_dropped_token_is_answered_in_its_last_state() -> None:
         assert asked == [n if trace.exited_at[row] >= layer else 0 for row, n in enumerate(ROWS)]
 
 
+@cache
+def with_window(window: int) -> TokEEExit:
+    exit = exit_of(thresher.attach(make("bert", "token"), exit=thresher.TokEE(window=window)))
+    assert isinstance(exit, TokEEExit)
+    return exit
+
+
 @given(st.data())
 def test_a_window_is_counted_in_original_positions(data: Any) -> None:
     width, window = data.draw(st.integers(1, 9)), data.draw(st.sampled_from([1, 3, 5, 21]))
@@ -241,8 +249,7 @@ def test_a_window_is_counted_in_original_positions(data: Any) -> None:
     places = [(row, column) for row, columns in enumerate(rows) for column in sorted(columns)]
     active = sorted(data.draw(st.sets(st.integers(0, len(places) - 1), min_size=1)))
     values = data.draw(st.lists(st.floats(0, 1, width=32), min_size=len(active), max_size=len(active)))
-    exit = exit_of(thresher.attach(make("bert", "token"), exit=thresher.TokEE(window=window)))
-    got = exit.in_window(torch.tensor(values), layout, torch.tensor(active)).tolist()
+    got = with_window(window).in_window(torch.tensor(values), layout, torch.tensor(active)).tolist()
     at = [places[token] for token in active]
     for (row, column), found in zip(at, got, strict=True):
         near = [v for v, (r, c) in zip(values, at, strict=True) if r == row and abs(c - column) <= window // 2]
@@ -436,7 +443,7 @@ def test_steps_of_every_stage_lower_its_loss(policy: str, name: str) -> None:
         exit.mode = "sample" if stage.exit_samples else "record"
         learner, rows = Learner(model, stage), labelled()
         parameters = [*exit.parameters(), *model.parameters()]
-        optimizer = torch.optim.SGD(parameters, lr=0.003)
+        optimizer = torch.optim.SGD(parameters, lr=0.0005)
         losses = []
         for _ in range(3):
             torch.manual_seed(1)  # the same threshold is drawn

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         set_speedup,
         validate,
     )
+    from thresher.pairs.prefilter import Prefilter
     from thresher.policy import Stage, retaining, tracing
     from thresher.searching import search
     from thresher.training import fit, post_train
@@ -83,6 +84,7 @@ _HOME = {
         "set_speedup",
         "validate",
     ),
+    "pairs.prefilter": ("Prefilter",),
     "policy": ("Stage", "retaining", "tracing"),
     "searching": ("search",),
     "training": ("fit", "post_train"),
@@ -109,6 +111,7 @@ __all__ = [
     "LengthAdaptive",
     "Pooling",
     "PowerBert",
+    "Prefilter",
     "RandomTokens",
     "RelativeThreshold",
     "RisingThreshold",

@@ -91,6 +91,11 @@ def check_exportable(model: Any) -> None:
             f"The method {policy.config.method!r} cannot be written as a graph; these can: "
             f"{', '.join(exportable_methods())}."
         )
+    if attachment.exit is not None:
+        raise OptionError(
+            f"A graph runs every layer, so a model with an exit ({attachment.exit.config.method}) is not exported; attach its "
+            "method again without the exit."
+        )
     if policy is not None and policy.mode == "soft":
         raise OptionError("The policy is in its soft training mode, in which nothing drops; finish training first.")
     if encoder.device.type != "cpu" or encoder.dtype != torch.float32:

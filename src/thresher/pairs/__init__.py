@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from thresher.pairs.losses import PairLearner, PairLoss
     from thresher.pairs.mixencoder import MixEncoder, MixEncoderConfig
     from thresher.pairs.poly import PolyConfig, PolyEncoder
+    from thresher.pairs.prefilter import Prefilter, PrefilterCalibration, PrefilterFlops
     from thresher.pairs.reranker import Reranker
     from thresher.pairs.saving import SCORERS, load, save
     from thresher.pairs.scorer import Scorer, ScorerConfig
@@ -39,6 +40,7 @@ _HOME = {
     "losses": ("PairLearner", "PairLoss"),
     "mixencoder": ("MixEncoder", "MixEncoderConfig"),
     "poly": ("PolyConfig", "PolyEncoder"),
+    "prefilter": ("Prefilter", "PrefilterCalibration", "PrefilterFlops"),
     "reranker": ("Reranker",),
     "saving": ("SCORERS", "load", "save"),
     "scorer": ("Scorer", "ScorerConfig"),
@@ -68,6 +70,9 @@ __all__ = [
     "PairLoss",
     "PolyConfig",
     "PolyEncoder",
+    "Prefilter",
+    "PrefilterCalibration",
+    "PrefilterFlops",
     "Ranked",
     "Reranker",
     "Scorer",
