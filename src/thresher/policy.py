@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+from typing import ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from thresher.backbones.general import Geometry as Geometry
-from thresher.errors import OptionError, nearest
+from thresher.errors import OptionError
 from thresher.evidence import NOTHING, Evidence, Wanted
 from thresher.packed import PackedTokens
+from thresher.settings import Settings
 
 Mode = Literal["off", "soft", "hard"]
 Batch = Mapping[str, Tensor]  # what a training step is given: inputs, labels, and what only a policy reads
@@ -32,7 +32,7 @@ class Point(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyConfig:
+class PolicyConfig(Settings):
     """Settings of one method: the user's API, and what is saved.
 
     protect_segments: segments of which no token may be dropped, e.g. (0,) for the question in extractive QA.
@@ -61,21 +61,9 @@ class PolicyConfig:
         if not 0.0 <= self.strength < float("inf"):
             raise OptionError(f"strength must be a number of at least 0, not {self.strength!r}.")
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Raises OptionError for a setting that this method does not have."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        for name in values:
-            if name not in known:
-                raise OptionError(f"The method {cls.method!r} has no setting {name!r}{nearest(name, known)}")
-        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**settings)
-
-    def replace(self, **changes: Any) -> Self:
-        return dataclasses.replace(self, **changes)
+    def called(cls) -> str:
+        return f"method {cls.method!r}"
 
 
 @dataclass

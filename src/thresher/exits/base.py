@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+from typing import ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from thresher.errors import OptionError, nearest
+from thresher.errors import OptionError
 from thresher.packed import PackedTokens
 from thresher.policy import Batch, Geometry, Stage, Trace
+from thresher.settings import Settings
 
 Kind = Literal["classes", "labels", "value", "span", "tags"]
 Memory = tuple[Tensor, ...]  # what a rule knows of each row from the layers before, [B, ...] each
@@ -58,7 +58,7 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExitConfig:
+class ExitConfig(Settings):
     """Settings of one exit: the user's API, and what is saved.
 
     strength: the one knob that calibration turns. 0 lets nobody leave, 1 is the configuration as written, larger lets rows
@@ -77,20 +77,9 @@ class ExitConfig:
         if not 0.0 <= self.strength < float("inf"):
             raise OptionError(f"strength must be a number of at least 0, not {self.strength!r}.")
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Raises OptionError for a setting that this exit does not have."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        for name in values:
-            if name not in known:
-                raise OptionError(f"The exit {cls.method!r} has no setting {name!r}{nearest(name, known)}")
-        return cls(**values)
-
-    def replace(self, **changes: Any) -> Self:
-        return dataclasses.replace(self, **changes)
+    def called(cls) -> str:
+        return f"exit {cls.method!r}"
 
 
 ConfigT = TypeVar("ConfigT", bound=ExitConfig)

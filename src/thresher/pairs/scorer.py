@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import warnings
@@ -16,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from thresher.errors import CheckpointError, DataError, OptionError, nearest
+from thresher.errors import CheckpointError, DataError, OptionError
 from thresher.model import attach, evaluating, is_attached
 from thresher.pairs.cache import Block, Cache, Id, Storage
 from thresher.pairs.lexical import Lexical
 from thresher.pairs.reading import longest
 from thresher.pairs.texts import Frame, Text, tokens_of
 from thresher.policy import PolicyConfig
+from thresher.settings import Settings
 
 TOKENS = 4096  # read in one pass: enough to keep every core busy, few enough for the caches and for memory
 
@@ -39,7 +39,7 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScorerConfig:
+class ScorerConfig(Settings):
     """Settings that every scorer has.
 
     max_query, max_candidate: the most tokens of either side, special ones included; longer texts are cut, counted and warned
@@ -68,21 +68,9 @@ class ScorerConfig:
             if getattr(self, name) < 4:
                 raise OptionError(f"{name} must be at least 4, not {getattr(self, name)!r}.")
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Raises OptionError for a setting that this scorer does not have."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        for name in values:
-            if name not in known:
-                raise OptionError(f"The scorer {cls.kind!r} has no setting {name!r}{nearest(name, known)}")
-        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**settings)
-
-    def replace(self, **changes: Any) -> Self:
-        return dataclasses.replace(self, **changes)
+    def called(cls) -> str:
+        return f"scorer {cls.kind!r}"
 
 
 ConfigT = TypeVar("ConfigT", bound=ScorerConfig)
