@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import thresher
 from helpers import dataset, make, tokenizer
 from thresher.comparing import Clock, Comparison, Part, compare
-from thresher.comparing.contestants import TRAINED_ON, contestants, plan, steps_for
+from thresher.comparing.contestants import TRAINED_ON, contestants, draws_of, plan, stages_of, steps_for
 from thresher.comparing.judging import halves, parts
 from thresher.comparing.page import report_of, verdict
 from thresher.comparing.standings import Standing, Target, Worth, frontier, pick
@@ -135,6 +135,31 @@ def test_a_plan_stays_inside_its_budget_and_the_trainer_makes_its_steps(passes: 
 def test_a_pass_of_a_step_that_reads_several_times_counts_each(done: Comparison) -> None:
     # 24 rows in batches of 8: attention mass reads 32 once, Length-Adaptive 8 four times, and controls learn nothing.
     assert done.passes == {"attention-mass": 32, "length-adaptive": 32, "random": 0}
+
+
+def test_passes_that_are_drawn_are_planned_by_their_mean() -> None:
+    model = thresher.attach(make("bert", layers=2), thresher.TRBert(samples=7))
+    alone, _ = stages_of(model)
+    found = []
+    for seed in range(12):  # half of the steps imitate in one pass, half read seven times
+        torch.manual_seed(seed)
+        found.append(draws_of(policy_of(model))(alone))
+    assert set(found) == {found[0]}
+    assert 3.5 <= found[0] <= 4.5
+
+
+def test_a_budget_that_a_method_cannot_be_trained_in_leaves_it_out_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Trainings(monkeypatch)
+    with pytest.raises(OptionError, match="needs at least 2"):  # epochs, of which 24 passes over 24 rows are one
+        compared(tmp_path, methods=("attention-mass", "adapler"), passes=24, clock=None)
+    assert seen.done == []
+    everyone = contestants(("attention-mass", "adapler"))
+    monkeypatch.setattr(import_module("thresher.comparing.recipe"), "contestants", lambda *_: everyone)
+    found = compared(tmp_path, methods=None, passes=24, clock=None)
+    assert seen.done == ["attention-mass/distil"]
+    assert "needs at least 2" in found.left_out["adapler"]
 
 
 def test_a_budget_below_one_batch_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
@@ -417,6 +442,20 @@ def test_another_target_and_more_methods_use_what_is_there(
     (undropped,) = [one for one in other.standings if one.contestant == TRAINED_ON]
     assert (undropped.judged.speedup, undropped.setting) == (1.0, {})
     assert undropped not in other.frontier
+
+
+def test_a_setting_found_on_a_sample_is_found_again_where_it_misses_what_is_now_the_target(
+    done: Comparison, tmp_path: Path
+) -> None:
+    directory = tmp_path / "out"
+    shutil.copytree(done.directory, directory)
+    file = directory / "methods" / "attention-mass" / "standings.json"
+    values = json.loads(file.read_text())
+    values["found"]["speedup=1.3"]["chosen"]["speedup"] = 1.29  # as a sample may have it
+    file.write_text(json.dumps(values))
+    other = compared(directory, speedup=1.3, speedups=(1.6,), clock=None)
+    found = {(one.contestant, one.target): one.chosen.speedup for one in other.standings}
+    assert found["attention-mass", "speedup=1.3"] >= 1.3
 
 
 def test_a_target_that_nobody_meets_keeps_the_results(done: Comparison, tmp_path: Path) -> None:

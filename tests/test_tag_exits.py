@@ -304,7 +304,10 @@ def test_frozen_tokens_cost_a_key_and_a_value(family: str) -> None:
     assert sum(counts["query"]) < sum(counts["key"]) < LAYERS * sum(ROWS)
     exit, geometry = exit_of(model), exit_of(model).geometry
     costs = flops(trace, geometry, None, exit)
-    d, products = HIDDEN, {"query": d_(HIDDEN), "key": d_(HIDDEN), "value": d_(HIDDEN), "out": d_(HIDDEN)}
+    d, products = (
+        HIDDEN,
+        {"query": square(HIDDEN), "key": square(HIDDEN), "value": square(HIDDEN), "out": square(HIDDEN)},
+    )
     products |= {"up": 2 * d * INTERMEDIATE, "down": 2 * d * INTERMEDIATE}
     linear = sum(products[name] * sum(tokens) for name, tokens in counts.items())
     attention = sum(
@@ -323,7 +326,7 @@ def test_frozen_tokens_cost_a_key_and_a_value(family: str) -> None:
         assert [pair[0][row] for pair in trace.reads] == [ROWS[row]] * layers + [0] * (LAYERS - layers)
 
 
-def d_(size: int) -> int:
+def square(size: int) -> int:
     return 2 * size * size
 
 
@@ -589,3 +592,41 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
 def test_a_branchs_work_is_what_it_multiplies() -> None:
     assert exit_of(attached("bert", thresher.SENTEE())).overhead_flops(9) == TagBranch.flops(9, HIDDEN, TAGS)
     assert TagBranch.flops(9, HIDDEN, TAGS) == 2 * 9 * HIDDEN * TAGS
+
+
+def test_a_copy_freezes_by_its_own_weights() -> None:
+    inputs, model = batch("bert", ROWS), attached("bert", thresher.TokEE())
+    expected, _ = traced(model, inputs)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    assert difference(expected, outputs_of(model, inputs)) == 0.0
+    got, trace = traced(other, inputs)
+    assert difference(expected, got) > 1e-3
+    plain = make("bert", "token", LAYERS)
+    plain.load_state_dict(other.state_dict())
+    wanted, frozen_at = by_hand(other, plain, alone(inputs, 0))
+    torch.testing.assert_close(row_of(got, 0)["logits"], wanted, rtol=0, atol=CLOSE)
+    assert trace.frozen_at()[0, : ROWS[0]].tolist() == frozen_at
+
+
+@pytest.mark.slow
+def test_the_command_line_fits_an_exit_for_tags(tmp_path: Path) -> None:
+    pytest.importorskip("typer")
+    from commands import fails, ok, write_rows
+
+    named = {"id2label": {0: "O", 1: "B-x", 2: "I-x"}, "label2id": {"O": 0, "B-x": 1, "I-x": 2}}
+    build(config_of("bert", 3, **named), "token").save_pretrained(tmp_path / "plain")
+    tokenizer().save_pretrained(tmp_path / "plain")
+    tags = [{"tokens": [f"w{9 + i}", "w7", f"w{20 + i}"], "tags": ["B-x", "I-x", "O"]} for i in range(10)] * 4
+    data = write_rows(tmp_path / "rows.jsonl", tags)
+    quick = ("--task", "tagging", "--stage", "epochs=1", "--stage", "batch_size=16", "--precision", "float32")
+    said = ok("fit", tmp_path / "plain", data, "--out", tmp_path / "out", "--exit", "tokee", *quick)
+    assert said["exit"] == {"name": "tokee", **thresher.TokEE().to_dict()}
+    slow = ok("evaluate", tmp_path / "out", data, "--tau", 0)
+    fast = ok("evaluate", tmp_path / "out", data, "--tau", 1)
+    assert fast["speedup"] > 1.3 > slow["speedup"]
+    fails(
+        "fit", tmp_path / "plain", data, "--out", tmp_path / "o", "--exit", "tokee", "--method", "ltp", match="sentee"
+    )

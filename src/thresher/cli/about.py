@@ -60,7 +60,7 @@ def methods(as_json: Json = False) -> Result:
                 "Early exits",
                 ("name", "what it does", "serves", "learns from", "settings (--set-exit)"),
                 exit_rows,
-                "Every exit also takes strength=1.0, goes with every method or alone (thresher fit --exit), and is trained.",
+                "Every exit also takes strength=1.0, goes with every method (tokee: none) or alone, and is trained by fit.",
             ),
         ],
     )

@@ -148,19 +148,21 @@ class Contest:
     # --- training ----------------------------------------------------------------------------------------------------
 
     def plan(self, one: Contestant, start: Any) -> Plan:
-        """start: any copy of it; left with the contestant's policy attached."""
+        """start: any copy of it; left with the contestant's policy attached.
+
+        Raises OptionError when the contestant cannot be trained as long, or as briefly, as the budget lets it.
+        """
         if not one.trains:
             return Plan((), 0)
         attach(start, one.policy, exit=one.exit)
+        policy = attachment_of(start).policy
         stages = stages_of(start) if one.reads_less else (MORE,)
-        return plan(
-            stages,
-            draws_of(attachment_of(start).policy),
-            self.budget.passes,
-            len(self.rows),
-            self.budget.overrides,
-            one.name,
-        )
+        passes, overrides = self.budget.passes, self.budget.overrides
+        made = plan(stages, draws_of(policy), passes, len(self.rows), overrides, one.name)
+        for stage in made.stages:
+            if policy is not None and stage.exit_learning_rate is None:
+                policy.check(stage)
+        return made
 
     def cost_of_start(self) -> float:
         judging = float(sum(len(part.rows) for part in self._parts))

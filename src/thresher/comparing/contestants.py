@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 TRAINED_ON = "trained-on"  # the control that drops nothing: what more training alone gains
 LOOKED_AT = 64  # rows that tell whether there are pairs
+STEPS = 200  # that tell how many passes a step makes, where that is drawn
 LABELS = ("labels", "start_positions")
 # Magic Pyramid (LTP and FastBERT), and the same of other methods; the last for answers.
 UNIONS = ("ltp+fastbert", "attention-mass+fastbert", "adapler+fastbert", "ltp+settled-span")
@@ -207,7 +208,7 @@ class Plan:
 
 def plan(
     stages: Sequence[Stage],
-    draws: Callable[[Stage], int],
+    draws: Callable[[Stage], float],
     passes: int,
     rows: int,
     overrides: Mapping[str, Any],
@@ -215,16 +216,16 @@ def plan(
 ) -> Plan:
     """Stages that together read at most `passes` examples forward and backward, in the shares of their own epochs.
 
-    draws: the passes that a step of a stage makes over its batch. rows: those of an epoch. overrides: settings of every stage.
+    draws: the passes that a step of a stage makes over its batch, on average. rows: those of an epoch. overrides: settings of every stage.
     Raises OptionError when a stage would not get one batch.
     """
     chosen = [overridden(stage, overrides) for stage in stages]
     whole = sum(stage.epochs for stage in stages)
-    planned, read = [], 0
+    planned, read = [], 0.0
     for own, stage in zip(stages, chosen, strict=True):
         of_step = draws(stage)
         share = int(passes * own.epochs / whole + 1e-9)
-        steps, examples = steps_for(share // of_step, rows, stage.batch_size)
+        steps, examples = steps_for(int(share / of_step), rows, stage.batch_size)
         if steps == 0:
             least = math.ceil(min(stage.batch_size, rows) * of_step * whole / own.epochs)
             raise OptionError(
@@ -234,7 +235,7 @@ def plan(
         # Half a step less, as the trainer rounds up: floats would make one step more of some.
         planned.append(replace(stage, epochs=(steps - 0.5) / math.ceil(rows / stage.batch_size)))
         read += examples * of_step
-    return Plan(tuple(planned), read)
+    return Plan(tuple(planned), round(read))
 
 
 def steps_for(examples: int, rows: int, batch: int) -> tuple[int, int]:
@@ -246,14 +247,16 @@ def steps_for(examples: int, rows: int, batch: int) -> tuple[int, int]:
     return epochs * math.ceil(rows / batch) + rest // batch, epochs * rows + rest // batch * batch
 
 
-def draws_of(policy: Any) -> Callable[[Stage], int]:
-    """How many passes a step makes under a policy, or none; without drawing on anybody's random numbers."""
+def draws_of(policy: Any) -> Callable[[Stage], float]:
+    """How many passes a step makes under a policy, or none, on average; without drawing on anybody's random numbers, and the
+    same whenever it is asked, for a plan tells one run from another."""
 
-    def count(stage: Stage) -> int:
+    def count(stage: Stage) -> float:
         if policy is None or stage.exit_learning_rate is not None:
-            return 1
+            return 1.0
         with torch.random.fork_rng():
-            return len(policy.draws(stage))
+            torch.manual_seed(0)
+            return sum(len(policy.draws(stage)) for _ in range(STEPS)) / STEPS
 
     return count
 
