@@ -51,6 +51,8 @@ def test_what_does_not_go_together(place: Path, tmp_path: Path) -> None:
     fails(*asked, match="need their corpus; give --candidates")
     fails(*asked, "--candidates", place / "corpus.jsonl", "--store", tmp_path, match="not both")
     fails(*asked, "--speedup", 2, match="--speedup is not for a scorer")
+    fails(*asked, "--tau", 0.5, match="--tau is not for a scorer")
+    fails(*asked, "--skip-bad", match="--skip-bad is not for a scorer")
     fails("evaluate", place / "encoder", place / "rows.jsonl", "--store", tmp_path, match="are for a scorer")
     fails("evaluate", place / "mixencoder", place / "corpus.jsonl", match="are no pairs")
 
@@ -81,4 +83,7 @@ def test_fit_errors(place: Path, tmp_path: Path) -> None:
     fails(*words, "--set", "kk=2", match="--set has no 'kk'")
     fails(*words, "--loss", "temperature=0", match="temperature")
     fails(*words, "--loss", "distil_weight=1", match="needs a teacher")
+    for value in (0, -1, "nan", "inf"):
+        fails(*words, "--epochs", value, match=f"epochs must be a number above 0, not {value}")
+        fails(*words, "--learning-rate", value, match=f"learning_rate must be a number above 0, not {value}")
     assert not (tmp_path / "out").exists()

@@ -107,6 +107,7 @@ def test_answers_are_tags_of_words_and_entities(place: Path, tmp_path: Path) -> 
             assert {tag[2:] for tag in own} == {one["type"]} and own[0] != "O"
     assert found[-2] == {"entities": [], "tags": []}
     assert found[-1]["tags"][46:] == ["O"] * 14
+    assert "(0)" not in call("predict", place / "fitted", tmp_path / "rows.jsonl").stdout  # no entities: an empty cell
     assert any(answer["entities"] for answer in found[:6])
     for row in rows:
         row["tags"] = ["?"]  # left unread

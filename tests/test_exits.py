@@ -864,4 +864,19 @@ def test_the_command_line_fits_and_uses_an_exit(tmp_path: Path) -> None:
     fails("fit", plain, data, "--out", out, "--exit", "fastbrt", match="did you mean 'fastbert'")
     fails("fit", plain, data, "--out", out, "--set-exit", "width=16", match="--set-exit needs --exit")
     fails("fit", plain, data, "--out", out, "--exit", "pabee", "--set", "threshold=.1", match="--set needs --method")
-    fails("fit", plain, data, "--out", tmp_path / "o", "--exit", "pabee", "--no-labels", *quick, match="labels")
+    alone = ("fit", plain, data, "--out", tmp_path / "o")
+    fails(*alone, "--exit", "pabee", "--no-labels", *quick, match="labels.*; take confidence or fastbert")
+    fails(*alone, "--exit", "tokee", "--no-labels", *quick, match="labels.*; leave it out")
+    fails(*alone, "--method", "block-skim", *quick, match="'block-skim' needs rows that say where the answer")
+    assert not (tmp_path / "o").exists()
+
+
+def test_tau_is_for_exits_with_a_threshold(tmp_path: Path) -> None:
+    pytest.importorskip("typer")
+    from commands import fails, synthetic, write_rows
+
+    model = thresher.attach(build(config_of("bert", LAYERS, num_labels=2)), exit="pabee")
+    model.save_pretrained(tmp_path / "patient")
+    tokenizer().save_pretrained(tmp_path / "patient")
+    data = write_rows(tmp_path / "rows.jsonl", synthetic(4))
+    fails("evaluate", tmp_path / "patient", data, "--tau", 2, match="--tau is a threshold.*'pabee' has none")

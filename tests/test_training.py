@@ -20,7 +20,7 @@ from transformers.modeling_outputs import (
 )
 
 import thresher
-from helpers import batch, dataset, make, outputs_of, settings, tokenizer, worst
+from helpers import batch, build, config_of, dataset, make, outputs_of, settings, tokenizer, worst
 from thresher import checkpoint
 from thresher.calibration import agreement
 from thresher.errors import OptionError, TargetError
@@ -291,6 +291,26 @@ def test_a_half_saved_stage_runs_again(tmp_path: Path) -> None:
     seen: list[str] = []
     fitted(tmp_path, on_stage=lambda s: seen.append(s.name))
     assert seen == ["soft", "hard"]
+
+
+def test_a_run_that_stops_while_it_writes_trains_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = type(tokenizer())
+    whole = kind.save_pretrained
+
+    def full(self: Any, directory: Any, **options: Any) -> Any:
+        if Path(directory) == tmp_path:  # not a checkpoint's
+            raise OSError("No space left on device")
+        return whole(self, directory, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "save_pretrained", full)
+        with pytest.raises(OSError, match="No space"):
+            fitted(tmp_path)
+    seen: list[str] = []
+    fitted(tmp_path, on_stage=lambda s: seen.append(s.name))
+    assert seen == []
+    assert (tmp_path / "tokenizer_config.json").is_file()
+    assert not (tmp_path / "training").exists()
 
 
 def test_accumulating_is_the_same_as_a_larger_batch(tmp_path: Path) -> None:
@@ -599,3 +619,52 @@ def test_a_search_needs_rows_and_a_method_that_searches(tmp_path: Path) -> None:
         searching(tmp_path, validation=None)
     with pytest.raises(OptionError, match="'ltp' searches no"):
         searching(tmp_path, "ltp")
+
+
+@pytest.mark.parametrize("way", ["ltp", "pabee", "tr-bert"])
+def test_labels_that_go_together_are_learned(way: str, tmp_path: Path) -> None:
+    """Several probabilities a row: each is taught and distilled by itself, through the collator of whole rows."""
+    labels = [[float(i % 2), float(i % 3 == 0), 1.0] for i in range(24)]
+    rows = dataset(24, labels=None).add_column("labels", labels)
+    config = config_of("bert", num_labels=3, problem_type="multi_label_classification")
+    model = build(config)
+    policy, exit = (None, "pabee") if way == "pabee" else (way, None)
+    fit(
+        model,
+        policy,
+        rows,
+        tokenizer(),
+        tmp_path / "out",
+        exit=exit,
+        overrides={"epochs": 1.0},
+        use_cpu=True,
+        progress=False,
+    )
+    outputs = outputs_of(thresher.load(tmp_path / "out"), batch("bert"))
+    assert outputs["logits"].shape[1] == 3
+    assert bool(outputs["logits"].isfinite().all())
+
+
+def test_probabilities_are_distilled_one_by_one() -> None:
+    ours, theirs = torch.randn(4, 3), torch.randn(4, 3)
+    found = distillation_loss({"logits": ours}, {"logits": theirs}, sigmoid=True)
+    p, q = theirs.sigmoid(), ours.sigmoid()
+    wanted = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    torch.testing.assert_close(found, wanted.mean())
+
+
+def test_a_learning_rate_for_all_stages_leaves_a_model_that_is_not_to_learn_alone(tmp_path: Path) -> None:
+    model = make("bert")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rows = dataset(16)
+    fit(
+        model,
+        None,
+        rows,
+        tokenizer(),
+        tmp_path,
+        exit="fastbert",
+        overrides={"epochs": 1.0, "learning_rate": 1e-2},
+        use_cpu=True,
+    )
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

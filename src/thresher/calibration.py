@@ -184,10 +184,9 @@ def _says_spans(model: Any) -> bool:
 
 
 def _says_classes(model: Any) -> bool:
-    return (
-        type(find_encoder(model)).__name__.endswith("Classification")
-        and (find_encoder(model).config.num_labels or 0) > 1
-    )
+    config = find_encoder(model).config
+    one_of_several = (config.num_labels or 0) > 1 and config.problem_type != "multi_label_classification"
+    return type(find_encoder(model)).__name__.endswith("Classification") and one_of_several
 
 
 def agreement(packed: np.ndarray, model: Any) -> Quality:

@@ -180,6 +180,8 @@ def test_a_model_that_was_fitted_in_windows_reads_windows(place: Path) -> None:
     right = [one["label"] == row["label"] for one, row in zip(found, rows, strict=True)]
     assert scores["thresher"]["accuracy"] == pytest.approx(np.mean(right))
     assert scores["rows"] == len(encoded.rows) > 12
+    shown = " ".join(call("evaluate", place / "fitted", place / "valid.jsonl").stdout.split())
+    assert f"{scores['rows']} windows" in shown and " rows" not in shown
 
 
 def test_windows_of_any_classifier(place: Path, tmp_path: Path) -> None:

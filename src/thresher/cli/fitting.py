@@ -181,6 +181,7 @@ def fit(
     lessons = _lessons(start.work.kind, new_head, fine_tune, no_labels, overrides)
     config = None if config is None else start.work.fitting(config, start.tokenizer)
     encoded = start.encode(rows, columns, labels=lessons.labels, training=True)
+    _refuse_unserved(config, encoded)
     checked = start.encode(held_out, columns, labels=lessons.labels)
     directory_to_write(out)
     run_settings = {
@@ -210,7 +211,7 @@ def fit(
     with resumable(out, run_settings):
         found = _train(start, config, encoded, checked, out, lessons, batch_size, options | {"exit": leaving})
     found["seconds"] = time.monotonic() - begun
-    return Result(found, _shown(found, validation or data))
+    return Result(found, _shown(found, validation or data, checked.unit))
 
 
 def _configs(
@@ -228,10 +229,18 @@ def _configs(
         raise OptionError("--set needs --method, the method whose setting it is; the exit's are set by --set-exit.")
     leaving = None if exit is None else exit_config(exit, exit_settings)
     if leaving is not None and leaving.labelled and not labels:
-        raise OptionError(f"The exit {leaving.method!r} learns from labels, so --no-labels cannot work; take fastbert.")
+        raise OptionError(f"--no-labels: the exit {leaving.method!r} learns from labels; {_instead(leaving)}.")
     if method is None and leaving is not None:
         return None, leaving
     return method_config(method or "ltp", settings), leaving
+
+
+def _instead(exit: ExitConfig) -> str:
+    """What to do without labels: take an exit for the same heads that learns from the model, where there is one."""
+    from thresher.exits import EXIT_CONFIGS
+
+    others = [name for name, kind in EXIT_CONFIGS.items() if not kind.labelled and set(kind.serves) & set(exit.serves)]
+    return f"take {' or '.join(sorted(others))}" if others else "leave it out"
 
 
 @dataclass(frozen=True)
@@ -282,6 +291,14 @@ def _lessons(kind: str, new_head: bool, fine_tune: bool | None, no_labels: bool,
     return Lessons(
         labels, new_head if fine_tune is None else fine_tune, overrides if labels else LABEL_FREE | overrides
     )
+
+
+def _refuse_unserved(config: PolicyConfig | None, encoded: EncodedRows) -> None:
+    """Rather now than after fine-tuning. Raises OptionError for rows that a method has nothing to learn from in."""
+    from thresher.comparing.contestants import WANTED, answered
+
+    if config is not None and config.serves == "answers" and not answered(encoded.rows):
+        raise OptionError(f"The method {config.method!r} {WANTED['answers']}; give such rows, or another method.")
 
 
 def _train(
@@ -352,10 +369,10 @@ def _with_bar(search: dict[str, Any], bar: Any) -> dict[str, Any]:
     return {**search, "evaluations": tries, "on_evaluation": tried}
 
 
-def _shown(found: dict[str, Any], data: str) -> list[RenderableType]:
+def _shown(found: dict[str, Any], data: str, unit: str) -> list[RenderableType]:
     out = found["directory"]
     names = [name for name in (found["method"], found["exit"] and found["exit"]["name"]) if name]
-    title = f"{' with '.join(names)} on {count(found['validation_rows'])} validation rows"
+    title = f"{' with '.join(names)} on {count(found['validation_rows'])} validation {unit}"
     return [
         gains_table(title, found, found["speedup"]),
         STOCK_IS,

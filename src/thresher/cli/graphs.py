@@ -18,7 +18,7 @@ from thresher.errors import OptionError
 from thresher.exported.directory import MANIFEST, TOKENIZER, Manifest, is_exported
 from thresher.exported.runner import Row, Runner
 from thresher.measure.run import MODEL_INPUTS, Run
-from thresher.model import set_exit
+from thresher.model import exit_of, set_exit
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def open_to_answer(
             raise OptionError("--workers is for an exported directory; a model uses every core by itself.")
         opened = open_model(name, place_of(device), speedup=speedup)
         if tau is not None:
-            set_exit(opened.model, threshold=tau)
+            _leave_by(opened.model, tau)
         return opened
     if batch_size is not None:
         raise OptionError(f"{name} is an exported graph, which runs one row at a time; leave --batch-size out.")
@@ -99,6 +99,17 @@ def open_to_answer(
     if tau is not None:
         raise OptionError(f"{name} is an exported graph, which has no exit; leave --tau out.")
     return open_graph(name, workers)
+
+
+def _leave_by(model: Any, tau: float) -> None:
+    """Set the threshold of the model's exit. Raises OptionError for a model without an exit, and an exit without one."""
+    exit = exit_of(model)
+    if "threshold" not in exit.config.at_run_time:
+        raise OptionError(
+            f"--tau is a threshold, and the exit {exit.config.method!r} has none (it has patience); set how early rows leave "
+            "with thresher calibrate."
+        )
+    set_exit(model, threshold=tau)
 
 
 def open_graph(name: str, workers: int | None = None) -> OpenedGraph:

@@ -77,8 +77,8 @@ def evaluate(
 
     columns = assignments(column, "--column")
     if holds_scorer(directory):
-        refused = {"--speedup": speedup, "--max-length": max_length, "--windows": windows, "--batch-size": batch_size,
-                   "--workers": workers}  # fmt: skip
+        refused = {"--speedup": speedup, "--tau": tau, "--max-length": max_length, "--windows": windows,
+                   "--skip-bad": skip_bad or None, "--batch-size": batch_size, "--workers": workers}  # fmt: skip
         drawn = {"limit": limit, "seed": seed}
         return evaluate_scorer(directory, data, columns, candidates, store, drawn, device, refused)
     if candidates is not None or store is not None:

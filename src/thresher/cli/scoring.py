@@ -22,16 +22,14 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True)
 class Exam:
-    """rows: encoded. truth: what answers are judged by, if anything. retrieval: scores embeddings, on the built-in corpus."""
+    """rows: encoded. truth: what answers are judged by, if anything. retrieval: scores embeddings, on the built-in corpus.
+    unit: what a row is called."""
 
     work: Work
     rows: datasets.Dataset
     truth: Truth | None
     retrieval: Callable[[np.ndarray], Scores] | None = None
-
-    @property
-    def unit(self) -> str:
-        return "texts" if self.retrieval else "rows"
+    unit: str = "rows"
 
     def scores(self, answers: np.ndarray) -> Scores:
         """What can be said of answers by themselves: nothing without labels."""
@@ -67,7 +65,7 @@ def set_exam(
     if work.kind == "embedding" and source_and_split(data)[0] == corpus.NAME:
         rows, retrieval = _retrieval(rows, seed)
     encoded = work.encode(rows, opened.tokenizer, opened.limit(max_length), labels=False)
-    return Exam(work, encoded.rows, Truth.of(encoded), retrieval)
+    return Exam(work, encoded.rows, Truth.of(encoded), retrieval, "texts" if retrieval else encoded.unit)
 
 
 def _retrieval(rows: datasets.Dataset, seed: int) -> tuple[datasets.Dataset, Callable[[np.ndarray], Scores]]:

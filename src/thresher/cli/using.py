@@ -218,7 +218,7 @@ def _short(text: str) -> str:
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, list) and not all(isinstance(one, float) for one in value):
+    if isinstance(value, list) and not (value and isinstance(value[0], float)):
         return _short(", ".join(f"{one['text']} ({one['type']})" for one in value))  # entities
     if isinstance(value, list):
         return f"[{', '.join(f'{x:.3f}' for x in value[:4])}, …] ({len(value)})"

@@ -141,7 +141,7 @@ def _against(one: Contestant, start: Any, rows: datasets.Dataset, overrides: Map
         if one.policy is not None:
             serves = one.policy.serves
             end = one.policy.segment_end or attachment_of(start).engine.entrance.segment_end
-            if (serves == "pairs" and not _pairs(rows, end)) or (serves == "answers" and not _answers(rows)):
+            if (serves == "pairs" and not _pairs(rows, end)) or (serves == "answers" and not answered(rows)):
                 return WANTED[serves]
         run(start, rows.select([0]))
         if one.trains:
@@ -183,7 +183,8 @@ def labelled(rows: datasets.Dataset) -> bool:
     return any(name in rows.column_names for name in LABELS)
 
 
-def _answers(rows: datasets.Dataset) -> bool:
+def answered(rows: datasets.Dataset) -> bool:
+    """Whether encoded rows say where the answer, or the evidence for it, lies."""
     return any(name in rows.column_names for name in ("start_positions", "evidence"))
 
 
@@ -216,7 +217,8 @@ def plan(
 ) -> Plan:
     """Stages that together read at most `passes` examples forward and backward, in the shares of their own epochs.
 
-    draws: the passes that a step of a stage makes over its batch, on average. rows: those of an epoch. overrides: settings of every stage.
+    draws: the passes that a step of a stage makes over its batch, on average. rows: those of an epoch. overrides: settings of
+        every stage.
     Raises OptionError when a stage would not get one batch.
     """
     chosen = [overridden(stage, overrides) for stage in stages]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from thresher.comparing.standings import Standing
+from thresher.comparing.standings import Standing, Target
 from thresher.errors import DataError, OptionError
 from thresher.report._support import write_whole
 
@@ -79,6 +79,13 @@ class Kept:
 
     def has(self, key: str) -> bool:
         return key in self.found or key in self.missed
+
+    def reopen(self, target: Target) -> None:
+        """Forget what was chosen for this speedup where it falls short of it: when it was no run's target, a sample of the rows
+        had to do."""
+        one = self.found.get(target.key)
+        if target.kind == "speedup" and one is not None and one.chosen.speedup < target.value:
+            del self.found[target.key]
 
     def write(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)

@@ -182,6 +182,8 @@ def compare(
     plans, left_out = _plans(contest, asked, model, strict=methods is not None)
     keeping.begin(directory, settings)
     kept = {one: Kept(contest.place(one), one.to_dict()) for one in plans}
+    for of in kept.values():
+        of.reopen(target)
     progress.costs += _costs(contest, plans, kept, targets, clock)
     progress.step("the start")
     contest.make_start(model, learning)

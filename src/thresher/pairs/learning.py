@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -157,6 +158,7 @@ def train(
     Raises DataError for rows that cannot be learned from, OptionError for settings that do not fit, or when `directory` holds
     an unfinished run with others.
     """
+    _check(epochs, batch_size, learning_rate)
     found = examples(scorer, rows, hard=hard, seed=seed)
     if scorer.lexical is not None:
         scorer.lexical.count(text for example in found.made for text in example.candidates)
@@ -172,8 +174,6 @@ def train(
         "disable_tqdm": not progress,
         **arguments,
     }
-    if batch_size < 1:
-        raise OptionError(f"A step learns from at least 1 query, not {batch_size}.")
     run = {
         "scorer": scorer.signature,
         "loss": dataclasses.asdict(learner.loss),
@@ -193,6 +193,14 @@ def train(
     finally:
         scorer.eval()
     return {**result.metrics, "cut": float(found.cut), "left_out": float(found.left_out)}
+
+
+def _check(epochs: float, batch_size: int, learning_rate: float) -> None:
+    if batch_size < 1:
+        raise OptionError(f"A step learns from at least 1 query, not {batch_size}.")
+    for name, value in (("epochs", epochs), ("learning_rate", learning_rate)):
+        if not 0.0 < value < math.inf:
+            raise OptionError(f"{name} must be a number above 0, not {value!r}.")
 
 
 def _settled(loss: PairLoss, made: list[Example]) -> PairLoss:

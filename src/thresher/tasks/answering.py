@@ -6,7 +6,7 @@ import itertools
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -40,6 +40,8 @@ class EncodedQuestions(EncodedRows):
         left_out: how many questions are not among these, as their answer stands nowhere in their passage.
         longest: the most tokens of an answer.
     """
+
+    unit: ClassVar[str] = "windows"
 
     windows: Windows
     ids: list[str]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,10 @@ class EncodedRows:
         max_length: the most tokens a row may have.
         truncated: how many rows were longer and were cut.
         empty: how many rows hold an empty text (of a pair: at least one).
+        unit: what a row is called.
     """
+
+    unit: ClassVar[str] = "rows"
 
     rows: datasets.Dataset
     max_length: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -31,6 +31,8 @@ class EncodedLongTexts(EncodedRows):
         weights: [windows] tokens of the text in each, those shared with a neighbour counted in both; at least 1.
         labels: of every text; None without labels.
     """
+
+    unit: ClassVar[str] = "windows"
 
     firsts: NDArray[np.int64]
     weights: NDArray[np.float64]

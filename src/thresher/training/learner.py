@@ -34,9 +34,9 @@ def distillation_loss(
 ) -> Tensor:
     """How far the student's outputs are from the teacher's.
 
-    Sentence embeddings: 1 - cosine, plus what `neighbourhood_loss` says. One logit: the squared difference, or where it is
-    that of a probability (`sigmoid`) as if it were two. Several: KL(teacher || student), or KL(student || teacher) when
-    `reverse`; of token logits over the real tokens, of span logits over the positions of each row.
+    Sentence embeddings: 1 - cosine, plus what `neighbourhood_loss` says. One logit: the squared difference. Several:
+    KL(teacher || student), or KL(student || teacher) when `reverse`; of token logits over the real tokens, of span logits over
+    the positions of each row. Logits of probabilities (`sigmoid`), one or several: each as if it were two.
     """
     ours, theirs = said(student, mask).float(), said(teacher, mask).float()
     if "sentence_embedding" in student or "last_hidden_state" in student:
@@ -50,8 +50,8 @@ def distillation_loss(
         ours, theirs = ours[mask.bool()], theirs[mask.bool()]
     if ours.shape[-1] == 1 and not sigmoid:
         return F.mse_loss(ours, theirs)
-    if ours.shape[-1] == 1:
-        ours, theirs = (F.pad(x, (1, 0)) for x in (ours, theirs))
+    if sigmoid:
+        ours, theirs = (F.pad(x.reshape(-1, 1), (1, 0)) for x in (ours, theirs))
     if reverse:
         ours, theirs = theirs, ours
     return F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="batchmean")
@@ -92,7 +92,7 @@ class Learner(nn.Module):
         self.stage = stage
         self._teacher = [teacher]  # in a list: not a submodule, so neither trained nor saved
         self.takes_features = find_encoder(model) is not model
-        # One logit learned by binary cross-entropy, which transformers wants its labels [B, 1] for.
+        # Logits learned by binary cross-entropy, which transformers wants labels [B, C] for, also where there is one.
         self.sigmoid = getattr(find_encoder(model).config, "problem_type", None) == "multi_label_classification"
 
     def train(self, mode: bool = True) -> Learner:
@@ -100,7 +100,8 @@ class Learner(nn.Module):
 
     def _call(self, model: Any, batch: dict[str, Tensor]) -> Any:
         if self.sigmoid and "labels" in batch:
-            batch = {**batch, "labels": batch["labels"].reshape(-1, 1)}
+            labels = batch["labels"]
+            batch = {**batch, "labels": labels.reshape(len(labels), -1).float()}
         return model(batch) if self.takes_features else model(**batch)
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:

@@ -217,8 +217,8 @@ def _keep(model: Any, done: Path) -> None:
 
 def _finish(model: Any, tokenizer: Any, directory: str | Path, work: Path) -> None:
     save(model, directory)
-    shutil.rmtree(work, ignore_errors=True)
     tokenizer.save_pretrained(str(directory))
+    shutil.rmtree(work, ignore_errors=True)  # last: until all is written, the same call goes on from there
 
 
 def _first_drop(model: Any, validation: datasets.Dataset, speedup: float | None) -> None:
@@ -239,7 +239,10 @@ def _override(stage: Stage, overrides: Mapping[str, Any], plan: tuple[Stage, ...
             raise OptionError(f"A stage has no setting {setting!r}{nearest(setting, known)}")
         if name and name not in {s.name for s in plan}:
             raise OptionError(f"The method has no stage {name!r}{nearest(name, {s.name for s in plan})}")
-        if name in ("", stage.name):
+        fixed = (
+            setting == "learning_rate" and stage.learning_rate == 0
+        )  # a model that does not learn, unless told so by name
+        if name == stage.name or (not name and not fixed):
             changes[setting] = value
     stage = dataclasses.replace(stage, **changes)
     if stage.exit_learning_rate is not None and stage.learning_rate == 0:  # what the model says is nobody's lesson

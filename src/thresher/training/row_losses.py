@@ -16,8 +16,8 @@ IGNORED = -100  # the label of a token that is not learned from
 def row_losses(outputs: Any, batch: Mapping[str, Tensor], *, sigmoid: bool = False) -> Tensor:
     """[B] float32, whose mean is the model's own loss (of taggers: where all rows have as many labels).
 
-    outputs: of a model that classifies, regresses, tags or answers questions. batch: with its labels. sigmoid: one logit is
-    that of a probability.
+    outputs: of a model that classifies, regresses, tags or answers questions. batch: with its labels. sigmoid: logits
+    are those of probabilities.
     Raises OptionError when outputs or labels are of another kind.
     """
     if "start_logits" in outputs and "start_positions" in batch:
@@ -36,12 +36,12 @@ def row_losses(outputs: Any, batch: Mapping[str, Tensor], *, sigmoid: bool = Fal
     if logits.dim() == 3:
         of_tokens = _cross_entropy(logits.transpose(1, 2), labels)
         return of_tokens.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)
+    if sigmoid:
+        wanted = labels.reshape(logits.shape).float()
+        return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(1)
     if logits.shape[1] > 1:
         return _cross_entropy(logits, labels.reshape(-1))
-    values = labels.reshape(-1).float()
-    if sigmoid:
-        return F.binary_cross_entropy_with_logits(logits.squeeze(1), values, reduction="none")
-    return F.mse_loss(logits.squeeze(1), values, reduction="none")
+    return F.mse_loss(logits.squeeze(1), labels.reshape(-1).float(), reduction="none")
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from thresher.errors import DataError, OptionError
-from thresher.model import attachment_of
+from thresher.model import attachment_of, find_encoder
 from thresher.policy import Policy, Stage
 from thresher.training.learner import FOR_THE_POLICY, Learner
 
@@ -179,7 +179,8 @@ def run_stage(
         frozen += [p for p in model.parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
-    per_token = "labels" in rows.column_names and isinstance(rows[0]["labels"], list)
+    several = find_encoder(model).config.problem_type == "multi_label_classification"
+    per_token = not several and "labels" in rows.column_names and isinstance(rows[0]["labels"], list)
     collator: Any = (DataCollatorForTokenClassification if per_token else DataCollatorWithPadding)(tokenizer)
     if not set(FOR_THE_POLICY).isdisjoint(rows.column_names):
         collator = _ForThePolicy(collator, tokenizer.padding_side)
