@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import leaving
 import thresher
 from helpers import (
     FAMILIES,
@@ -30,8 +31,9 @@ from helpers import (
     tokenizer,
     worst,
 )
+from leaving import LAYERS, ROWS, attached, scattered
 from thresher.errors import CheckpointError, DataError, OptionError, TargetError
-from thresher.exits import EXIT_CONFIGS, NO_ANSWER, Exit, ExitConfig
+from thresher.exits import EXIT_CONFIGS, NO_ANSWER, ExitConfig
 from thresher.measure.flops import dense_flops, flops, speedup
 from thresher.measure.run import run
 from thresher.methods import CONFIGS as CONFIGS_OF_METHODS
@@ -41,68 +43,15 @@ from thresher.training import run_stage
 from thresher.training.learner import Learner
 
 CLOSE = 1e-4
-LAYERS = 4
-ROWS = (9, 1, 14, 5, 12, 7)
 POLICIES: dict[str, PolicyConfig | None] = {
     "none": None,
     "ltp": thresher.LTP(threshold=0.2),
     "attention-mass": thresher.AttentionMass(),
 }
-CONFIGS: dict[str, ExitConfig] = {
-    "fastbert": thresher.FastBERT(width=16),
-    "deebert": thresher.DeeBERT(),
-    "confidence": thresher.Confidence(),
-    "pabee": thresher.PABEE(patience=1),
-    "settled-span": thresher.SettledSpan(patience=1),
-}
+CONFIGS = {name: config for name, config in leaving.CONFIGS.items() if name != "sentee"}  # which has tests of its own
 every_exit = pytest.mark.parametrize("name", sorted(CONFIGS))
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_policy = pytest.mark.parametrize("policy", sorted(POLICIES))
-
-
-def head_for(name: str) -> str:
-    return "question-answering" if name == "settled-span" else "sequence"
-
-
-def scattered(exit: Exit[Any], seed: int) -> None:
-    """Branches that say different things of different rows."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in exit.parameters():
-            parameter.normal_(0.0, 0.4, generator=generator)
-
-
-def attached(
-    family: str,
-    name: str,
-    policy: PolicyConfig | None = None,
-    *,
-    layers: int = LAYERS,
-    config: ExitConfig | None = None,
-) -> Any:
-    """A model from which, of the rows `ROWS`, some leave and some do not."""
-    model = thresher.attach(make(family, head_for(name), layers=layers), policy, exit=config or CONFIGS[name])
-    for seed in range(40):
-        scattered(exit_of(model), seed)
-        if hasattr(exit_of(model), "uncertainty"):
-            between(model)
-        with thresher.tracing() as traces:
-            outputs_of(model, batch(family, ROWS))
-        if len(set(traces[0].exited_at)) > 1:
-            return model
-    raise AssertionError("all rows leave together whatever the branches say")
-
-
-def between(model: Any) -> None:
-    """Set the threshold between what is certain enough of half the rows and of the others."""
-    exit = exit_of(model)
-    exit.mode = "record"
-    with thresher.tracing() as traces:
-        outputs_of(model, batch(model.config.model_type, ROWS))
-    exit.mode = "leave"
-    least = torch.stack([exit.uncertainty(said) for said in traces[0].branches]).amin(0).sort().values
-    bar = float(least[2] + least[3]) / 2
-    thresher.set_exit(model, threshold=1 - bar if exit.config.method == "confidence" else bar)
 
 
 def traced(model: Any, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Trace]:
@@ -807,11 +756,6 @@ def test_settings_that_an_exit_cannot_change_are_refused() -> None:
     assert exit_of(model).config == thresher.PABEE(patience=1)
     with pytest.raises(OptionError, match="no exit"):
         thresher.set_exit(thresher.attach(make("bert")), strength=1.0)
-
-
-def test_an_exit_is_not_exported(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="exit"):
-        thresher.export(attached("bert", "fastbert"), tmp_path / "graph", tokenizer=tokenizer())
 
 
 def test_a_cross_encoder_leaves_early(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -273,7 +274,7 @@ def test_a_graph_that_answers_otherwise_is_refused(tmp_path: Path, monkeypatch: 
 
     by_torch = writing._by_torch
     monkeypatch.setattr(
-        writing, "_by_torch", lambda m, r: writing.Output(by_torch(m, r).answer + 1, by_torch(m, r).dropped_at)
+        writing, "_by_torch", lambda m, r: dataclasses.replace(by_torch(m, r), answer=by_torch(m, r).answer + 1)
     )
     with pytest.raises(ThresherError, match="does not answer as the torch engine does"):
         thresher.export(model, tmp_path / "out")

@@ -42,6 +42,7 @@ def methods(as_json: Json = False) -> Result:
             one["what"],
             ", ".join(one["serves"]),
             "labels" if one["needs_labels"] else "the model",
+            "yes" if one["exports"] else "no",
             " ".join(f"{name}={_value(value)}" for name, value in one["settings"].items()),
         )
         for one in exits
@@ -58,7 +59,7 @@ def methods(as_json: Json = False) -> Result:
             ),
             table(
                 "Early exits",
-                ("name", "what it does", "serves", "learns from", "settings (--set-exit)"),
+                ("name", "what it does", "serves", "learns from", "exports", "settings (--set-exit)"),
                 exit_rows,
                 "Every exit also takes strength=1.0, goes with every method (tokee: none) or alone, and is trained by fit.",
             ),
@@ -140,6 +141,7 @@ def _exit_described(config: Any) -> dict[str, Any]:
         "what": _first_sentence(config.__doc__ or ""),
         "serves": list(config.serves),
         "needs_labels": config.labelled,
+        "exports": config.exports,
         "settings": {f.name: f.default for f in dataclasses.fields(config) if f.name != "strength"},
     }
 

@@ -131,6 +131,7 @@ def _result(out: Path, checked: dict[str, float], kind: str, rows: list[Row] | N
         "runtime": manifest.runtime,
         "int8": manifest.int8,
         "method": manifest.method,
+        "exit": manifest.exit,
         "max_length": manifest.max_length,
         "rows": None if rows is None else len(rows),
         **checked,
@@ -146,8 +147,8 @@ def _result(out: Path, checked: dict[str, float], kind: str, rows: list[Row] | N
                 ("", "found"),
                 [*checked_rows(checked, classes=kind in ("classification", "other")), ("size on disk", size(taken))],
             ),
-            "Difference in float32: from the torch engine, where the same tokens were dropped; in rows with ties two scores "
-            "differ by a rounding. Difference of int8: from the graph in float32.",
+            "Difference in float32: from the torch engine, where the same tokens were dropped and rows left alike; with ties "
+            "a rounding decides. Difference of int8: from the graph in float32.",
             f"Next: thresher {follow}",
         ],
     )

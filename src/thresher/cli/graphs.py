@@ -127,8 +127,9 @@ def open_graph(name: str, workers: int | None = None) -> OpenedGraph:
 
 
 def described(manifest: Manifest) -> str:
-    """Runtime, precision and method."""
-    return f"{manifest.runtime}, {'int8' if manifest.int8 else 'float32'}, {manifest.method or 'nothing dropped'}"
+    """Runtime, precision, method and exit."""
+    exit = f", exit {manifest.exit}" if manifest.exit else ""
+    return f"{manifest.runtime}, {'int8' if manifest.int8 else 'float32'}, {manifest.method or 'nothing dropped'}{exit}"
 
 
 def feeds(rows: datasets.Dataset) -> list[Row]:

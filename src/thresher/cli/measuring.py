@@ -124,6 +124,7 @@ def _of_graph(opened: OpenedGraph, exam: Exam, about: dict[str, object], title: 
             "runtime": manifest.runtime,
             "int8": manifest.int8,
             "method": manifest.method,
+            "exit": manifest.exit,
             "speedup": after.speedup,
             "metric": exam.work.metric if exam.work.metric in scores else None,
             "thresher": scores,

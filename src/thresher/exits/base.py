@@ -69,6 +69,7 @@ class ExitConfig(Settings):
     serves: ClassVar[tuple[Kind, ...]] = ()
     at_run_time: ClassVar[tuple[str, ...]] = ("strength",)  # what `set_exit` may change without training again
     labelled: ClassVar[bool] = False  # whether its branches learn from labels
+    exports: ClassVar[bool] = True  # whether its decision can be written as operators of a graph
     answers_dropped: ClassVar[bool] = False  # whether its branches read the last states of dropped tokens too
 
     strength: float = 1.0
@@ -144,7 +145,8 @@ class Exit(nn.Module, Generic[ConfigT]):
         [B, N, C] of tags."""
         branch = self.branches[layer - 1]
         said: Tensor = branch(tokens.with_hidden(tokens.hidden.to(next(branch.parameters()).dtype)))
-        return said.float()
+        # A cast of what is float32 already would stand at the end of an exported graph, where quantizers stumble over it.
+        return said if said.dtype == torch.float32 else said.float()
 
     def decide(self, layer: int, said: Tensor, before: Memory | None) -> tuple[Tensor | None, Memory | None]:
         """Which rows leave after `layer`, [B] bool, None where none can; and what the next layer has to know.

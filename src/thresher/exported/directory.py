@@ -10,18 +10,38 @@ from typing import Any, Literal, get_args
 
 from thresher.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "exported.json"
 TOKENIZER = "tokenizer.json"
 
 Runtime = Literal["onnx", "openvino"]
-GRAPH = {"onnx": "model.onnx", "openvino": "model.xml"}
+SUFFIX = {"onnx": ".onnx", "openvino": ".xml"}
+DROPPED_AT, LEAVES = "dropped_at", "leaves"
+
+
+def after(layer: int, name: str) -> str:
+    """An output of the graph that ends after a layer, where the last graph has `name`."""
+    return f"{name}_after_{layer}" if layer else name
+
+
+@dataclass(frozen=True)
+class Link:
+    """One graph of the chain that a sequence passes, and what it reads and makes, by name.
+
+    layer: the layer after which a row may leave; 0 for the last graph, where every row ends.
+    """
+
+    layer: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """inputs, outputs: the graph's, by name; the first output is the answer. int8: whether the layers' weights are.
+    """inputs, outputs: of the whole chain, by name; the first output is the answer. int8: whether the layers' weights are.
 
+    chain: the graphs; more than one where rows may leave early (`exit` names the rule). branch: the exit's own FLOPs after a
+    layer, written as `overhead`; branch_reads_dropped: whether these count the tokens the row came with.
     geometry: sizes of the encoder; overhead: for each layer [c0, c1, c2], the method's own FLOPs on n tokens being c0 + c1 n
     + c2 n^2. labels: names of the classes, or none. notes: what the model carried (its task). checked: how far the graph
     was found from the torch engine. files: sha256 by name.
@@ -35,10 +55,22 @@ class Manifest:
     max_length: int
     geometry: dict[str, Any]
     overhead: tuple[tuple[float, float, float], ...]
+    chain: tuple[Link, ...]
+    exit: str | None = None
+    branch: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    branch_reads_dropped: bool = False
     labels: tuple[str, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
     checked: dict[str, float] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def graphs(self) -> list[str]:
+        """The file of each link."""
+        suffix = SUFFIX[self.runtime]
+        return [
+            f"model{suffix}" if number == 1 else f"model-{number}{suffix}" for number in range(1, len(self.chain) + 1)
+        ]
 
     def write(self, directory: Path) -> None:
         """Write exported.json, with the checksums of the files that are there now."""
@@ -94,13 +126,29 @@ def _manifest(values: dict[str, Any]) -> Manifest:
             "outputs": tuple(values["outputs"]),
             "labels": tuple(values["labels"]),
             "overhead": tuple(tuple(layer) for layer in values["overhead"]),
+            "branch": tuple(values["branch"]),
+            "chain": tuple(Link(x["layer"], tuple(x["inputs"]), tuple(x["outputs"])) for x in values["chain"]),
         }
     )
     if manifest.runtime not in get_args(Runtime):
         raise ValueError(f"runtime is {manifest.runtime!r}")
-    if GRAPH[manifest.runtime] not in manifest.files:
+    if not manifest.chain or not set(manifest.graphs) <= set(manifest.files):
         raise ValueError("it names no graph")
     return manifest
 
 
-__all__ = ["FORMAT", "GRAPH", "MANIFEST", "TOKENIZER", "Manifest", "Runtime", "is_exported", "read", "sha256"]
+__all__ = [
+    "DROPPED_AT",
+    "FORMAT",
+    "LEAVES",
+    "MANIFEST",
+    "SUFFIX",
+    "TOKENIZER",
+    "Link",
+    "Manifest",
+    "Runtime",
+    "after",
+    "is_exported",
+    "read",
+    "sha256",
+]

@@ -1,11 +1,13 @@
-"""The model and its policy as one ONNX graph for one sequence of any length. Every drop is a gather inside it."""
+"""The model, its policy and its exit as one ONNX graph for one sequence of any length. Every drop is a gather inside it; the
+places where a row may leave are outputs, at which `chain` cuts it."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +15,34 @@ import torch
 from torch import Tensor, nn
 
 from thresher.errors import OptionError, ThresherError
+from thresher.exits import EXIT_CONFIGS, Exit
+from thresher.exported.directory import DROPPED_AT, LEAVES, after
 from thresher.methods import CONFIGS
 from thresher.model import attachment_of, evaluating, find_encoder
-from thresher.policy import tracing
+from thresher.outputs import CLASSES, SPANS
+from thresher.policy import Trace, tracing
 
 OPSET = 17
 ANSWERS = ("logits", "scores", "sentence_embedding", "start_logits", "end_logits", "last_hidden_state")
-DROPPED_AT = "dropped_at"
+
+Ends = list[
+    tuple[int, tuple[str, ...]]
+]  # layers after which a row may leave (the last: 0), and the outputs that say so
 
 
 class _OneSequence(nn.Module):
     """Positional tensors in, positional tensors out: what a tracer wants."""
 
-    def __init__(self, model: Any, inputs: tuple[str, ...]) -> None:
+    def __init__(self, model: Any, inputs: tuple[str, ...], exit: Exit[Any] | None) -> None:
         super().__init__()
         self.model = model
         self.inputs = inputs
-        self.outputs: tuple[str, ...] = ()
+        self.exit = [exit]  # in a list, as a model's exit is none of its modules
+        self.ends: Ends = []
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """[1, N] each → the model's answers, and [N] the layer at which each token was dropped (0 = never)."""
+        """[1, N] each → the model's answers, and [N] the layer at which each token was dropped (0 = never); before them the
+        same for each layer after which a row may leave, and [1] whether it does."""
         features = dict(zip(self.inputs, values, strict=True))
         with tracing() as traces:
             outputs = call(self.model, features)
@@ -40,8 +50,28 @@ class _OneSequence(nn.Module):
         if len(answers) > 1:
             answers.pop("last_hidden_state", None)
         answers[DROPPED_AT] = dropped_at(traces[-1].kept, values[0][0])
-        self.outputs = tuple(answers)
-        return tuple(answers.values())
+        (exit,) = self.exit
+        every = {} if exit is None else early(exit, traces[-1], values[0][0])
+        every[0] = answers
+        self.ends = [(layer, tuple(after(layer, name) for name in found)) for layer, found in every.items()]
+        return tuple(value for found in every.values() for value in found.values())
+
+
+def early(exit: Exit[Any], trace: Trace, ids: Tensor) -> dict[int, dict[str, Tensor]]:
+    """By the layers after which one row may leave: its answer there, what was dropped by then, and whether it leaves.
+
+    trace: of a pass in which every branch spoke. ids: [N].
+    """
+    found: dict[int, dict[str, Tensor]] = {}
+    memory = None
+    for layer, said in enumerate(trace.branches, start=1):
+        leaving, memory = exit.decide(layer, said, memory)
+        if leaving is None:
+            continue
+        columns = (said[..., 0], said[..., 1]) if exit.head.kind == "span" else (said,)
+        answers = dict(zip(SPANS if len(columns) > 1 else CLASSES, columns, strict=True))
+        found[layer] = {**answers, DROPPED_AT: dropped_at(trace.kept[:layer], ids), LEAVES: leaving}
+    return found
 
 
 def call(model: Any, features: dict[str, Tensor]) -> Any:
@@ -91,10 +121,10 @@ def check_exportable(model: Any) -> None:
             f"The method {policy.config.method!r} cannot be written as a graph; these can: "
             f"{', '.join(exportable_methods())}."
         )
-    if attachment.exit is not None:
+    if attachment.exit is not None and not attachment.exit.config.exports:
         raise OptionError(
-            f"A graph runs every layer, so a model with an exit ({attachment.exit.config.method}) is not exported; attach its "
-            "method again without the exit."
+            f"The exit {attachment.exit.config.method!r} cannot be written as graphs; these can: "
+            f"{', '.join(sorted(name for name, config in EXIT_CONFIGS.items() if config.exports))}."
         )
     if policy is not None and policy.mode == "soft":
         raise OptionError("The policy is in its soft training mode, in which nothing drops; finish training first.")
@@ -105,28 +135,22 @@ def check_exportable(model: Any) -> None:
         )
 
 
-def write_graph(model: Any, path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Trace the attached model into an ONNX file; returns the names of its inputs and outputs.
+def write_graph(model: Any, path: Path) -> tuple[tuple[str, ...], Ends]:
+    """Trace the attached model into an ONNX file; returns the names of its inputs, and of its outputs by where a row ends.
 
-    Raises OptionError for a policy that a graph cannot hold, ThresherError when tracing fails.
+    Raises OptionError for a policy or an exit that a graph cannot hold, ThresherError when tracing fails.
     """
     check_exportable(model)
     names = input_names(model)
-    wrapped = _OneSequence(model, names)
+    attachment = attachment_of(model)
+    exit = attachment.exit if attachment.exit is not None and not attachment.exit.idle else None
+    wrapped = _OneSequence(model, names, exit)
     # The first example token stands for any; a second length shows nothing that the names of the axes do not say.
     example = torch.full((1, 7), int(find_encoder(model).config.pad_token_id or 0) + 1)
     values = (example, *(torch.zeros_like(example) for _ in names[1:]))
-    policy = attachment_of(model).policy
-    learned = [p for p in policy.parameters() if p.requires_grad] if policy is not None else []
-    quiet = logging.getLogger("torch.onnx")
-    level = quiet.level
     try:
-        quiet.setLevel(logging.ERROR)
-        for parameter in learned:
-            parameter.requires_grad_(False)
         # The model last to be put back: it is a part of what wraps it.
-        with evaluating(model), evaluating(wrapped), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the tracer warns of every Python number, and of its own age
+        with evaluating(model), evaluating(wrapped), torch.no_grad(), _constant(attachment), _quiet():
             wrapped(*values)  # names the outputs
             torch.onnx.export(
                 wrapped,
@@ -135,7 +159,7 @@ def write_graph(model: Any, path: Path) -> tuple[tuple[str, ...], tuple[str, ...
                 dynamo=False,  # the tracer follows a drop's new length; torch.export needs a bound for it
                 opset_version=OPSET,
                 input_names=list(names),
-                output_names=list(wrapped.outputs),
+                output_names=[name for _, ended in wrapped.ends for name in ended],
                 dynamic_axes={name: {1: "tokens"} for name in names},
             )
     except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
@@ -143,11 +167,42 @@ def write_graph(model: Any, path: Path) -> tuple[tuple[str, ...], tuple[str, ...
         raise ThresherError(
             f"{type(find_encoder(model)).__name__} could not be written as a graph: {reason}"
         ) from error
+    return names, wrapped.ends
+
+
+@contextlib.contextmanager
+def _constant(attachment: Any) -> Iterator[None]:
+    """Inside this block policy and exit do not learn, and every branch of the exit speaks while nobody leaves."""
+    exit = attachment.exit
+    learned = [
+        p for part in (attachment.policy, exit) if part is not None for p in part.parameters() if p.requires_grad
+    ]
+    mode = None if exit is None else exit.mode
+    try:
+        for parameter in learned:
+            parameter.requires_grad_(False)
+        if exit is not None and not exit.idle:
+            exit.mode = "record"
+        yield
     finally:
-        quiet.setLevel(level)
         for parameter in learned:
             parameter.requires_grad_(True)
-    return names, wrapped.outputs
+        if exit is not None:
+            exit.mode = mode
 
 
-__all__ = ["DROPPED_AT", "call", "check_exportable", "exportable_methods", "input_names", "write_graph"]
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tracer's warnings: of every Python number, and of its own age."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    try:
+        logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+__all__ = ["Ends", "call", "check_exportable", "exportable_methods", "input_names", "write_graph"]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from thresher.errors import DataError, OptionError
 from thresher.exported import directory as files
-from thresher.exported.sessions import cores, open_session
+from thresher.exported.sessions import Session, cores, open_session
 from thresher.measure.layer import Sizes, layer_flops
 
 Text = str | tuple[str, str]
@@ -30,10 +30,12 @@ class Output:
 
     answer: logits [C], embedding [D] or score; [N, C] for heads that say something of every token (start and end logits
     side by side). dropped_at: [N] int64, the layer at which each token was dropped, 0 = kept to the end.
+    exited_at: the last layer that ran.
     """
 
     answer: NDArray[np.float32]
     dropped_at: NDArray[np.int64]
+    exited_at: int
 
 
 class Runner:
@@ -51,7 +53,7 @@ class Runner:
         self.workers = cores() if workers is None else workers
         if self.workers < 1:
             raise OptionError(f"workers must be at least 1, not {workers}.")
-        self._sessions: dict[int, Any] = {}
+        self._sessions: dict[int, list[Session]] = {}
         self._tokenizer: Any = None
 
     def predict(self, texts: Sequence[Text], *, on_done: Callable[[int], object] | None = None) -> Any:
@@ -72,10 +74,10 @@ class Runner:
         """
         feeds = [self._feed(row, number) for number, row in enumerate(rows, start=1)]
         workers = min(self.workers, len(feeds))
-        session = self._session(self.workers if workers <= 1 else 1)
+        sessions = self._chain(self.workers if workers <= 1 else 1)
 
         def one(index: int) -> Output:
-            output = self._output(session(feeds[index]))
+            output = self._output(sessions, feeds[index])
             if on_done:
                 on_done(1)
             return output
@@ -100,21 +102,28 @@ class Runner:
         return [{name: getattr(e, columns[name]) for name in self.manifest.inputs} for e in encodings]
 
     def speedup(self, outputs: Iterable[Output]) -> float:
-        """FLOPs of the same sequences with nothing dropped / FLOPs spent, the method's own work included."""
+        """FLOPs of the same sequences with nothing dropped / FLOPs spent, the work of method and exit included."""
         sizes = Sizes(**self.manifest.geometry)
         spent = dense = 0.0
         for output in outputs:
             length = len(output.dropped_at)
-            read = length
-            for layer, (c0, c1, c2) in enumerate(self.manifest.overhead, start=1):
-                gone = (output.dropped_at > 0) & (output.dropped_at <= layer)
-                fed = length - int(gone.sum())
-                spent += c0 + c1 * read + c2 * read * read
-                read = fed if sizes.before else read
-                spent += layer_flops(sizes, read, fed if sizes.midpoint else read)
-                dense += layer_flops(sizes, length, length)
-                read = fed
+            dense += sizes.layers * layer_flops(sizes, length, length)
+            spent += self._flops(output, sizes)
         return dense / spent if spent else 1.0
+
+    def _flops(self, output: Output, sizes: Sizes) -> float:
+        length = read = len(output.dropped_at)
+        spent = 0.0
+        for layer in range(1, output.exited_at + 1):
+            gone = (output.dropped_at > 0) & (output.dropped_at <= layer)
+            fed = length - int(gone.sum())
+            spent += _at(self.manifest.overhead[layer - 1], read)
+            read = fed if sizes.before else read
+            spent += layer_flops(sizes, read, fed if sizes.midpoint else read)
+            read = fed
+            if layer < sizes.layers:
+                spent += _at(self.manifest.branch, length if self.manifest.branch_reads_dropped else read)
+        return spent
 
     def _feed(self, row: Row, number: int) -> dict[str, NDArray[np.int64]]:
         lengths = set()
@@ -134,17 +143,25 @@ class Runner:
             )
         return feed
 
-    def _output(self, values: Sequence[NDArray[Any]]) -> Output:
-        named = dict(zip(self.manifest.outputs, values, strict=True))
-        dropped = named.pop("dropped_at")
-        answers = list(named.values())
+    def _output(self, sessions: Sequence[Session], feed: Mapping[str, NDArray[Any]]) -> Output:
+        """Pass the chain until the row leaves."""
+        manifest, known = self.manifest, dict(feed)
+        for link, session in zip(manifest.chain, sessions, strict=True):
+            made = session({name: known[name] for name in link.inputs})
+            known |= zip(link.outputs, made, strict=True)
+            if link.layer and known[files.after(link.layer, files.LEAVES)][0]:
+                break
+        *answers, dropped = (known[files.after(link.layer, name)] for name in manifest.outputs)
         answer = np.stack(answers, -1) if len(answers) > 1 else answers[0]
-        return Output(answer[0], dropped)
+        return Output(answer[0], dropped, link.layer or manifest.geometry["layers"])
 
-    def _session(self, threads: int) -> Any:
+    def _chain(self, threads: int) -> list[Session]:
         if threads not in self._sessions:
-            graph = self.path / files.GRAPH[self.manifest.runtime]
-            self._sessions[threads] = open_session(self.manifest.runtime, graph, self.manifest.outputs, threads)
+            manifest = self.manifest
+            self._sessions[threads] = [
+                open_session(manifest.runtime, self.path / file, link.outputs, threads)
+                for file, link in zip(manifest.graphs, manifest.chain, strict=True)
+            ]
         return self._sessions[threads]
 
     def _load_tokenizer(self) -> Any:
@@ -159,6 +176,12 @@ class Runner:
             tokenizer.enable_truncation(self.manifest.max_length)
             self._tokenizer = tokenizer
         return self._tokenizer
+
+
+def _at(overhead: tuple[float, float, float], n: int) -> float:
+    """FLOPs written as c0 + c1 n + c2 n^2."""
+    c0, c1, c2 = overhead
+    return c0 + c1 * n + c2 * n * n
 
 
 __all__ = ["Output", "Runner"]

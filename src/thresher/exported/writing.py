@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import re
+import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,8 +20,9 @@ import torch
 from thresher import checkpoint
 from thresher.errors import OptionError, ThresherError
 from thresher.exported import directory as files
-from thresher.exported.directory import Manifest, Runtime
-from thresher.exported.graph import call, check_exportable, input_names, write_graph
+from thresher.exported.chain import cut
+from thresher.exported.directory import Link, Manifest, Runtime
+from thresher.exported.graph import Ends, call, check_exportable, input_names, write_graph
 from thresher.exported.runner import Output, Runner
 from thresher.exported.sessions import require
 from thresher.linears import has_int8_instructions
@@ -31,14 +35,18 @@ TIES = 0.1  # the share of rows in which a rounding may decide between two token
 
 DEFAULT_MAX_LENGTH = 512
 
+TRACED = "traced.onnx"  # before it is cut and brought into its runtime's form
+GRAPH_FILE = re.compile(r"model(-\d+)?\.(onnx|xml|bin)")
+
 
 @dataclass(frozen=True)
 class Export:
     """What was written, and how far it is from the torch engine on the rows it was checked with.
 
-    difference: the largest, in float32, over rows from which the same tokens were dropped; ties: the share of the others,
-    where two tokens' scores differ by a rounding. int8_difference: the largest of the int8 graph from float32, and
-    int8_agreement the share of rows whose largest answer is at the same place (None without int8).
+    difference: the largest, in float32, over rows from which the same tokens were dropped, and which left after the same layer;
+    ties: the share of the others, where a rounding decides between two tokens, or on which side of a threshold a row is.
+    int8_difference: the largest of the int8 graph from float32, and int8_agreement the share of rows whose largest answer is
+    at the same place (None without int8).
     """
 
     directory: Path
@@ -59,7 +67,8 @@ def export(
     rows: Sequence[Mapping[str, Sequence[int]]] | None = None,
     max_length: int | None = None,
 ) -> Export:
-    """Write an attached model as one graph that drops tokens inside itself, with what runs it without torch.
+    """Write an attached model as one graph that drops tokens inside itself, with what runs it without torch. With an early exit
+    it is a chain of graphs, of which a row passes as many as it needs; the exit stays as it is set now.
 
     runtime: "onnx" (ONNX Runtime) or "openvino". int8: quantize the layers' weights, by channel; None: as the model is
     attached (`thresher.quantize`).
@@ -82,45 +91,69 @@ def export(
         raise OptionError("The rows to check the graph with are empty; give some, or None for random ones.")
     checked = [{k: list(v)[:limit] for k, v in row.items() if k in ("input_ids", "token_type_ids")} for row in checked]
     with checkpoint.staged(directory, last=files.MANIFEST) as staging:
-        inputs, outputs = write_graph(model, staging / files.GRAPH["onnx"])
+        inputs, ends = write_graph(model, staging / TRACED)
         if tokenizer is not None:
             _write_tokenizer(tokenizer, staging)
-        manifest = _manifest(model, runtime, inputs, outputs, limit)
-        exact = _finish(manifest, staging, int8=False, rows=checked)
+        manifest = _manifest(model, runtime, inputs, ends, limit)
+        manifest, exact = _finish(manifest, ends, staging, checked)
         expected = [_by_torch(model, row) for row in checked]
         difference, ties = _compare(expected, exact)
         found = {"difference": difference, "ties": ties}
         if int8:
-            approximate = _finish(manifest, staging, int8=True, rows=checked)
+            _quantize(staging / TRACED, checked, manifest)
+            manifest, approximate = _finish(dataclasses.replace(manifest, int8=True), ends, staging, checked)
             found |= _int8_cost(exact, approximate)
-        _write_manifest(manifest, staging, int8=int8, checked=found)
-    for other in set(files.GRAPH.values()) - {files.GRAPH[runtime]}:
-        (Path(directory) / other).unlink(missing_ok=True)  # an earlier export's, which this one takes the place of
+        (staging / TRACED).unlink()
+        _write_manifest(dataclasses.replace(manifest, checked=found), staging)
+    for other in Path(directory).iterdir():
+        if GRAPH_FILE.fullmatch(other.name) and other.name not in files.read(directory).files:
+            other.unlink()  # an earlier export's, which this one takes the place of
     return Export(Path(directory), runtime, **found)
 
 
-def _finish(manifest: Manifest, staging: Path, *, int8: bool, rows: list[dict[str, list[int]]]) -> list[Output]:
+def _finish(
+    manifest: Manifest, ends: Ends, staging: Path, rows: list[dict[str, list[int]]]
+) -> tuple[Manifest, list[Output]]:
     """Bring the graph into its runtime's form, and what it says of the rows."""
-    traced = staging / files.GRAPH["onnx"]
-    if int8:
-        _quantize(traced, rows, manifest)
-    if manifest.runtime == "openvino":
-        _to_openvino(traced, staging / files.GRAPH["openvino"])
-    _write_manifest(manifest, staging, int8=int8, checked={})
-    return Runner(staging, workers=1).run(rows)
+    traced = staging / TRACED
+    links: list[tuple[Link, Any]] = []
+    if len(ends) > 1:
+        links = cut(_onnx().load(traced), ends)
+        manifest = dataclasses.replace(manifest, chain=tuple(link for link, _ in links))
+    for number, file in enumerate(manifest.graphs):
+        source = staging / f"{TRACED}-{number}" if links else traced
+        if links:
+            _onnx().save(links[number][1], source)
+        if manifest.runtime == "openvino":
+            _to_openvino(source, staging / file)
+        else:
+            shutil.copyfile(source, staging / file)
+        if links:
+            source.unlink()
+    _write_manifest(manifest, staging)
+    return manifest, Runner(staging, workers=1).run(rows)
 
 
-def _write_manifest(manifest: Manifest, staging: Path, *, int8: bool, checked: dict[str, float]) -> None:
-    final = bool(checked)
-    if final and manifest.runtime == "openvino":
-        (staging / files.GRAPH["onnx"]).unlink()
+def _write_manifest(manifest: Manifest, staging: Path) -> None:
     (staging / files.MANIFEST).unlink(missing_ok=True)
-    dataclasses.replace(manifest, int8=int8, checked=checked).write(staging)
+    manifest.write(staging)
 
 
-def _manifest(model: Any, runtime: Runtime, inputs: tuple[str, ...], outputs: tuple[str, ...], limit: int) -> Manifest:
+def _onnx() -> Any:
+    try:
+        import onnx
+    except ImportError as error:
+        raise ThresherError(
+            'Exporting int8, or an early exit, needs the onnx package; run pip install "thresher[export]".'
+        ) from error
+    return onnx
+
+
+def _manifest(model: Any, runtime: Runtime, inputs: tuple[str, ...], ends: Ends, limit: int) -> Manifest:
     attachment = attachment_of(model)
     encoder, policy, entrance = find_encoder(model), attachment.policy, attachment.engine.entrance
+    exit = attachment.exit if len(ends) > 1 else None
+    _, outputs = ends[-1]
     labels = getattr(encoder.config, "id2label", None) or {}
     geometry = entrance.geometry
     point = Point.AFTER_ATTENTION if policy is None else policy.config.point
@@ -141,20 +174,28 @@ def _manifest(model: Any, runtime: Runtime, inputs: tuple[str, ...], outputs: tu
             "before": point is Point.BEFORE_LAYER,
         },
         overhead=tuple(_overhead(policy, layer) for layer in range(1, geometry.layers + 1)),
+        chain=(Link(0, inputs, outputs),),
+        exit=None if exit is None else exit.config.method,
+        branch=(0.0, 0.0, 0.0) if exit is None else _written(exit.overhead_flops, 1),
+        branch_reads_dropped=exit is not None and exit.config.answers_dropped,
         labels=tuple(str(labels[k]) for k in sorted(labels)) if "logits" in outputs else (),
         notes=attachment.notes,
     )
 
 
 def _overhead(policy: Any, layer: int) -> tuple[float, float, float]:
-    """The policy's own FLOPs on n tokens as c0 + c1 n + c2 n^2, for a whole number of blocks where it counts in blocks."""
+    """The policy's own FLOPs, for a whole number of blocks where it counts in blocks."""
     if policy is None:
         return (0.0, 0.0, 0.0)
-    grain = policy.grain
-    at = [policy.overhead_flops(layer, n * grain) for n in (0, 1, 2)]
+    return _written(partial(policy.overhead_flops, layer), policy.grain)
+
+
+def _written(flops: Callable[[int], int], grain: int) -> tuple[float, float, float]:
+    """FLOPs for n tokens as c0 + c1 n + c2 n^2, which are exact where n is a multiple of `grain`."""
+    at = [flops(n * grain) for n in (0, 1, 2)]
     c2 = (at[2] - 2 * at[1] + at[0]) / 2
     c1 = at[1] - at[0] - c2
-    assert at[0] + 100 * c1 + 100 * 100 * c2 == policy.overhead_flops(layer, 100 * grain), "more than quadratic"
+    assert at[0] + 100 * c1 + 100 * 100 * c2 == flops(100 * grain), "more than quadratic"
     return (float(at[0]), c1 / grain, c2 / grain**2)
 
 
@@ -222,9 +263,9 @@ def _quantize(traced: Path, rows: list[dict[str, list[int]]], manifest: Manifest
 
 
 def _quantize_for_openvino(traced: Path, rows: list[dict[str, list[int]]], manifest: Manifest) -> None:
+    onnx = _onnx()
     try:
         import nncf
-        import onnx
     except ImportError as error:
         raise ThresherError('int8 for OpenVINO needs nncf; run pip install "thresher[openvino]".') from error
     feeds = [_feed(row, manifest.inputs) for row in rows]
@@ -259,12 +300,17 @@ def _by_torch(model: Any, row: Mapping[str, Sequence[int]]) -> Output:
         answer = outputs["last_hidden_state"]
     else:
         answer = said(outputs, torch.ones_like(features["input_ids"]))
-    return Output(answer[0].float().numpy(), traces[-1].dropped_at()[0].numpy())
+    trace = traces[-1]
+    return Output(answer[0].float().numpy(), trace.dropped_at()[0].numpy(), trace.exited_at[0])
 
 
 def _compare(expected: list[Output], got: list[Output]) -> tuple[float, float]:
-    """The largest difference where the same tokens were dropped, and the share of the other rows. Raises ThresherError."""
-    same = [np.array_equal(a.dropped_at, b.dropped_at) for a, b in zip(expected, got, strict=True)]
+    """The largest difference where the same tokens were dropped and the row left alike, and the share of the other rows.
+    Raises ThresherError."""
+    same = [
+        np.array_equal(a.dropped_at, b.dropped_at) and a.exited_at == b.exited_at
+        for a, b in zip(expected, got, strict=True)
+    ]
     pairs = itertools.compress(zip(expected, got, strict=True), same)
     difference = max((float(np.abs(a.answer - b.answer).max()) for a, b in pairs), default=float("inf"))
     ties = 1 - sum(same) / len(same)
