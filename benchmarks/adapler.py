@@ -16,43 +16,27 @@ nothing recorded.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import thresher
+from classifying import Texts, options, start
 from records import record
 from responses import nearest
-from starts import SPLIT_SEED, minilm
 from thresher.errors import TargetError
 from thresher.frontier import NOTE, configured, frontier_of
 from thresher.measure.flops import dense_flops, flops
 from thresher.measure.rationales import Agreement, agreement, agreement_by_layer, kept_layers, rationales_page
 from thresher.measure.run import prepared, run, run_packed
 from thresher.model import attachment_of
-from thresher.policy import PolicyConfig, Stage
-from thresher.report import Chart, Series, frontier_chart, save_chart
-from thresher.tasks.data import load_rows
+from thresher.policy import PolicyConfig
+from thresher.report import Chart, Series, frontier_chart
 from thresher.tasks.rationales import RationaleRows, encode_rationales
-from thresher.tasks.text import TextTask
-from thresher.training import fit, run_stage
+from thresher.training import fit
 
-IMAGES = Path(__file__).parent.parent / "docs" / "img"
 EPOCHS = 5  # AdapLeR's; in so many or more the training rows make up the budget
-DATA = {
-    # name: most tokens, epochs of the start, the split that is judged
-    "imdb": (256, 1.0, "test"),
-    "eraser_movies": (512, 4.0, "test"),
-    "ag_news": (128, 3.0, "test"),
-    "sst2": (64, 1.0, "validation"),
-    "mrpc": (128, 4.0, "validation"),
-}
 # The part of the budget that each stage has. A step of TR-BERT's first stage reads its batch eight times forward or, as often,
 # once forward and backward; one of its second stage once forward and backward and seven times forward.
 METHODS: dict[str, tuple[PolicyConfig, dict[str, float]]] = {
@@ -66,65 +50,10 @@ METHODS: dict[str, tuple[PolicyConfig, dict[str, float]]] = {
 }
 SPEEDUPS = (1.5, 2.0, 3.0)
 SALIENCIES = ("gradient-x-input", "attention")
-STARTED = "start.json"
 
 
-class Bench:
+class Bench(Texts):
     """One data set, its start, and the methods trained from it."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        thresher.keep_memory()
-        self.args = args
-        self.dry = args.dry or args.limit is not None
-        self.max_tokens, self.start_epochs, self.judged = DATA[args.name]
-        self.start = args.out / "start"
-        args.out.mkdir(parents=True, exist_ok=True)
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(minilm())
-
-    def load(self, split: str) -> datasets.Dataset:
-        rows = load_rows(self.args.data_dir / self.args.name, split=split).shuffle(seed=SPLIT_SEED)
-        return rows if self.args.limit is None else rows.select(range(min(self.args.limit, len(rows))))
-
-    @cached_property
-    def trainable(self) -> datasets.Dataset:
-        return texts(self.load("train"))
-
-    @cached_property
-    def task(self) -> TextTask:
-        return TextTask.infer(self.trainable)
-
-    def encode(self, rows: datasets.Dataset) -> datasets.Dataset:
-        return self.task.encode(rows, self.tokenizer, self.max_tokens).rows
-
-    @cached_property
-    def held_out(self) -> datasets.Dataset:
-        """Rows that nothing was trained on, to calibrate and search on."""
-        return self.encode(self.trainable.select(range(self.number_held_out)))
-
-    @property
-    def number_held_out(self) -> int:
-        return min(500, len(self.trainable) // 10 + 1)
-
-    @cached_property
-    def train(self) -> datasets.Dataset:
-        rows = self.trainable.select(range(self.number_held_out, len(self.trainable)))
-        return self.encode(rows)
-
-    @cached_property
-    def test(self) -> datasets.Dataset:
-        rows = texts(self.load(self.judged))
-        return self.encode(rows.select(range(min(self.args.test, len(rows)))))
-
-    def model(self) -> Any:
-        if not (self.start / STARTED).is_file():
-            raise SystemExit(f"{self.start} holds no start; run the subcommand start first.")
-        return AutoModelForSequenceClassification.from_pretrained(self.start).eval()
-
-    def score(self, predictions: np.ndarray, rows: datasets.Dataset) -> float:
-        return self.task.score(predictions, rows["labels"][:])
 
     def trained(self, method: str) -> Any:
         """A method trained in OUT/method; loaded where that was done."""
@@ -185,43 +114,12 @@ class Bench:
             given = {"data": self.args.name, "split": self.judged, "seeds": [self.args.seed], **about}
             record("adapler", f"adapler-{self.args.name}-{id}", what, value, unit, **given)
 
-    def draw(self, chart: Chart, name: str) -> None:
-        folder = self.args.out if self.dry else IMAGES
-        print("drawn:", save_chart(chart, folder / f"adapler-{self.args.name}-{name}.svg"), flush=True)
-
     @property
     def note(self) -> str:
         return (
             f"MiniLM-L6, {self.max_tokens} tokens; {self.args.passes} training passes for each method; set to the speedup on "
             f"{len(self.held_out)} held-out training rows"
         )
-
-
-def texts(rows: datasets.Dataset) -> datasets.Dataset:
-    """Rows whose text is given as words, as rows of texts."""
-    if "tokens" not in rows.column_names:
-        return rows
-    return datasets.Dataset.from_dict(
-        {"text": [" ".join(words) for words in rows["tokens"]], "label": rows["label"][:]}
-    )
-
-
-def start(bench: Bench) -> None:
-    if (bench.start / STARTED).is_file():
-        print(f"{bench.start} is complete")
-        return
-    # Attention dropout would send CPU attention down its slow path.
-    model = AutoModelForSequenceClassification.from_pretrained(
-        minilm(), num_labels=bench.task.num_labels, attention_probs_dropout_prob=0.0
-    )
-    stage = Stage(name="fine-tune", mode="off", epochs=bench.start_epochs, learning_rate=5e-5)
-    arguments = {"seed": bench.args.seed, "progress": False}
-    run_stage(thresher.attach(model), stage, bench.train, bench.tokenizer, bench.args.out / "fine-tuning", **arguments)
-    found = bench.score(run_packed(model, bench.held_out).predictions, bench.held_out)
-    thresher.detach(model).save_pretrained(bench.start)
-    bench.tokenizer.save_pretrained(bench.start)
-    (bench.start / STARTED).write_text(json.dumps({"examples": len(bench.train), "held_out": found}))
-    print(f"{bench.task.metric} on held-out rows: {found:.4f}")
 
 
 def methods(bench: Bench) -> None:
@@ -248,7 +146,8 @@ def methods(bench: Bench) -> None:
                 examples=len(bench.test),
                 note=bench.note,
             )
-    bench.draw(frontier_chart(points, baseline=baseline, quality_label=f"{metric} on {bench.args.name}"), "methods")
+    chart = frontier_chart(points, baseline=baseline, quality_label=f"{metric} on {bench.args.name}")
+    bench.draw(chart, f"adapler-{bench.args.name}-methods")
 
 
 def rationales(bench: Bench) -> None:
@@ -316,9 +215,8 @@ def adaptivity(bench: Bench) -> None:
             )
     for name, (label, _) in against.items():
         title = f"FLOPs of an example against {name}, {bench.args.name}"
-        bench.draw(
-            Chart(title, label, "Share of the FLOPs without dropping", tuple(series[name])), f"adaptivity-{name}"
-        )
+        chart = Chart(title, label, "Share of the FLOPs without dropping", tuple(series[name]))
+        bench.draw(chart, f"adapler-{bench.args.name}-adaptivity-{name}")
 
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
@@ -333,9 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = {"start": start, "methods": methods, "rationales": rationales, "adaptivity": adaptivity}
     parser.add_argument("command", choices=list(commands))
-    parser.add_argument("name", choices=sorted(DATA))
-    parser.add_argument("--data-dir", required=True, type=Path)
-    parser.add_argument("--out", required=True, type=Path)
+    options(parser)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument(
         "--passes", type=int, default=25_000, help="examples read forward and backward, for each method"
@@ -345,10 +241,6 @@ def main() -> None:
     )
     parser.add_argument("--speedup", type=float, default=2.0, help="of the methods in rationales and adaptivity")
     parser.add_argument("--evaluations", type=int, default=100, help="of a search")
-    parser.add_argument("--test", type=int, default=2_000, help="test rows")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dry", action="store_true", help="record nothing, draw into OUT")
-    parser.add_argument("--limit", type=int, help="at most so many rows of any split, to try things; implies --dry")
     args = parser.parse_args()
     if args.command == "rationales" and args.name != "eraser_movies":
         parser.error("only eraser_movies has human rationales")
