@@ -8,6 +8,7 @@ from typing import Any
 import thresher
 from peers_data import Answers, Row
 from peers_ways import Built, Job, Unavailable, Way, in_batches, torch_forward
+from thresher.model import attachment_of
 
 
 def needs(*names: str) -> None:
@@ -22,7 +23,9 @@ def attached(job: Job, *, drop: bool) -> tuple[Any, str]:
         return thresher.attach(job.model()), "nothing dropped"
     if job.method is not None:
         model = thresher.load(job.method).eval()
-        return model, f"{thresher.policy_of(model).config.method}, as saved"
+        attachment = attachment_of(model)
+        parts = [part.config.method for part in (attachment.policy, attachment.exit) if part is not None]
+        return model, f"{' and '.join(parts)}, as saved"
     return thresher.attach(job.model(), thresher.AttentionMass()), "attention-mass, untrained"
 
 
