@@ -30,6 +30,7 @@ FLOORS = [
     ["policy"],
     ["parts", "exits", "protection"],
     ["measure.flops", "outputs"],
+    ["leaving"],
     ["passes"],
     ["engine", "methods", "measure"],
     ["checkpoint", "frontier"],

@@ -271,9 +271,25 @@ def _quantize_for_openvino(traced: Path, rows: list[dict[str, list[int]]], manif
     feeds = [_feed(row, manifest.inputs) for row in rows]
     logging.getLogger("nncf").setLevel(logging.ERROR)
     quantized = nncf.quantize(
-        onnx.load(traced), nncf.Dataset(feeds), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(feeds)
+        _with_initializers(onnx.load(traced)),
+        nncf.Dataset(feeds),
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(feeds),
     )
     onnx.save(quantized, traced)
+
+
+def _with_initializers(model: Any) -> Any:
+    """The model with its constants as initializers: the parameters of a policy and of branches are traced as nodes, where NNCF
+    does not look for a bias."""
+    graph = model.graph
+    for node in [node for node in graph.node if node.op_type == "Constant"]:
+        (value,) = node.attribute
+        if value.HasField("t"):
+            value.t.name = node.output[0]
+            graph.initializer.append(value.t)
+            graph.node.remove(node)
+    return model
 
 
 def _to_openvino(traced: Path, path: Path) -> None:
