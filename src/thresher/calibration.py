@@ -13,6 +13,7 @@ import torch
 from thresher.errors import OptionError, TargetError
 from thresher.measure.run import Run, run, run_packed
 from thresher.model import attachment_of, exit_of, find_encoder, policy_of, set_config, set_exit
+from thresher.outputs import answers_with_spans
 
 if TYPE_CHECKING:
     import datasets
@@ -179,10 +180,6 @@ def _to_loss(search: _Search, quality: Quality, floor: float) -> tuple[float, Ru
     return low, search.at(low)
 
 
-def _says_spans(model: Any) -> bool:
-    return type(find_encoder(model)).__name__.endswith("ForQuestionAnswering")
-
-
 def _says_classes(model: Any) -> bool:
     config = find_encoder(model).config
     one_of_several = (config.num_labels or 0) > 1 and config.problem_type != "multi_label_classification"
@@ -192,7 +189,7 @@ def _says_classes(model: Any) -> bool:
 def agreement(packed: np.ndarray, model: Any) -> Quality:
     """How often a model's answers are those of the undropped model, whose predictions are `packed` (values and embeddings: how
     close)."""
-    if _says_spans(model):
+    if answers_with_spans(find_encoder(model)):
         return _same(packed, lambda p: np.nan_to_num(p, nan=-np.inf).argmax(1))
     if _says_classes(model):
         real = ~np.isnan(packed).any(-1)

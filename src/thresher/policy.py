@@ -237,6 +237,11 @@ class Stage:
             if not holds:
                 raise OptionError(f"The stage {self.name!r} cannot have {name}={getattr(self, name)!r}.")
 
+    @property
+    def exits(self) -> bool:
+        """Whether it is the exit's, in which branches speak."""
+        return self.exit_learning_rate is not None
+
 
 ConfigT = TypeVar("ConfigT", bound=PolicyConfig)
 

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from thresher.calibration import Knob, calibrate
 from thresher.checkpoint import SETTINGS
-from thresher.comparing.contestants import Contestant, Plan, draws_of, plan, stages_of
+from thresher.comparing.contestants import Contestant, Plan, draws_of, plan
 from thresher.comparing.judging import Part
 from thresher.comparing.keeping import METHODS, START, Kept
 from thresher.comparing.standings import Standing, Target, Worth, apply
@@ -25,6 +25,7 @@ from thresher.measure.run import Run, run, run_packed
 from thresher.model import attach, attachment_of, find_encoder, load, save, set_exit
 from thresher.policy import Stage
 from thresher.training import fit
+from thresher.training.plan import FINE_TUNE, stages_of
 from thresher.training.stages import run_stage
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ TOLERANCE = 0.03
 SHARES = (1 / 3, 1 / 2, 2 / 3)  # of a target (the logarithm of a speedup) that a union's policy meets by itself
 MORE = Stage(name="trained-on", mode="off", learning_rate=3e-5)
 UNDROPPED = Target("speedup", 1.0)
-FINE_TUNE = Stage(name="fine-tune", mode="off")
 # What the parts of the work cost, in forward passes over one example.
 BOTH_WAYS, OF_SEARCH, OF_CALIBRATION = 3.0, 0.6, 5.0
 
@@ -160,7 +160,7 @@ class Contest:
         passes, overrides = self.budget.passes, self.budget.overrides
         made = plan(stages, draws_of(policy), passes, len(self.rows), overrides, one.name)
         for stage in made.stages:
-            if policy is not None and stage.exit_learning_rate is None:
+            if policy is not None and not stage.exits:
                 policy.check(stage)
         return made
 

@@ -16,6 +16,7 @@ from thresher.methods import CONFIGS
 from thresher.model import attach, attachment_of, find_encoder
 from thresher.policy import PolicyConfig, Stage
 from thresher.training.learner import Learner
+from thresher.training.plan import stages_of
 from thresher.training.salient import COLUMN as SALIENCY
 
 if TYPE_CHECKING:
@@ -161,20 +162,14 @@ def _learn_once(model: Any, rows: datasets.Dataset, overrides: Mapping[str, Any]
         if attachment.policy is not None:
             attachment.policy.mode = stage.mode
         if attachment.exit is not None:
-            attachment.exit.mode = "off" if stage.exit_learning_rate is None else "record"
+            attachment.exit.mode = "off" if not stage.exits else "record"
         with torch.enable_grad(), torch.random.fork_rng():  # some losses take gradients themselves
             Learner(model, overridden(stage, overrides), model)(**row)
 
 
-def stages_of(model: Any) -> tuple[Stage, ...]:
-    """Those of the attached policy, then those of the exit."""
-    attachment = attachment_of(model)
-    return tuple(stage for part in (attachment.policy, attachment.exit) if part is not None for stage in part.stages())
-
-
 def overridden(stage: Stage, overrides: Mapping[str, Any]) -> Stage:
     """A stage with other settings. What an exit's stage learns from, and at which rates, is the exit's affair."""
-    if stage.exit_learning_rate is None:
+    if not stage.exits:
         return replace(stage, **overrides)
     return replace(stage, **{name: value for name, value in overrides.items() if name not in OF_A_METHOD})
 
@@ -254,7 +249,7 @@ def draws_of(policy: Any) -> Callable[[Stage], float]:
     same whenever it is asked, for a plan tells one run from another."""
 
     def count(stage: Stage) -> float:
-        if policy is None or stage.exit_learning_rate is not None:
+        if policy is None or stage.exits:
             return 1.0
         with torch.random.fork_rng():
             torch.manual_seed(0)

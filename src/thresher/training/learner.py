@@ -109,7 +109,7 @@ class Learner(nn.Module):
         hidden = FOR_THE_POLICY if stage.label_weight else (*FOR_THE_POLICY, *LABELS)
         batch = {k: v for k, v in batch.items() if k not in hidden}
         # A stage of the exit is one plain pass of what the policy's stages have made.
-        policy = self.policy if stage.exit_learning_rate is None else None
+        policy = self.policy if not stage.exits else None
         judged = policy is not None and policy.reads_row_losses
         made: list[tuple[Trace, Tensor]] = []
         loss, first = None, None
@@ -120,7 +120,7 @@ class Learner(nn.Module):
             added = self._loss(draw, outputs, first, batch)
             if policy is not None:
                 added = policy.total_loss(added, traces[-1], given)
-            if self.exit is not None and stage.exit_learning_rate is not None:
+            if self.exit is not None and stage.exits:
                 own = self.exit.auxiliary_loss(traces[-1], said(outputs, mask), given)
                 added = added if own is None else added + own
             loss = added if loss is None else loss + added

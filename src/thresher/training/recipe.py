@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ import numpy as np
 from accelerate import PartialState
 
 from thresher import checkpoint
-from thresher.calibration import Calibration, Quality, agreement, calibrate
-from thresher.errors import OptionError, TargetError, nearest
+from thresher.calibration import Calibration, Knob, Quality, agreement, calibrate
+from thresher.errors import OptionError, TargetError
 from thresher.exits import ExitConfig
 from thresher.frontier import Frontier
 from thresher.measure.run import run_packed
@@ -25,6 +26,7 @@ from thresher.model import Attachment, attach, attachment_of, find_encoder, poli
 from thresher.policy import PolicyConfig, Stage
 from thresher.training import frontiers
 from thresher.training.learner import stock_copy
+from thresher.training.plan import FINE_TUNE, planned
 from thresher.training.resuming import begin, by_one, refuse_another_run
 from thresher.training.salient import COLUMN, with_saliency
 from thresher.training.stages import run_stage, trains_on_cpu
@@ -74,123 +76,201 @@ def fit(
     arguments: anything else run_stage takes.
     Under torchrun every process calls it with the same arguments, and a directory that all of them see; the main one writes.
     """
-    work = Path(directory) / "training"
     attach(model, policy, exit=exit)
-    attachment = attachment_of(model)
-    attachment.notes.update(notes or {})
-    plan = stages if stages is not None else _stages(attachment)
-    if fine_tune:
-        plan = (Stage(name="fine-tune", mode="off"), *plan)
-    plan = tuple(_override(stage, overrides or {}, plan) for stage in plan)
-    searches = attachment.policy.config.searches if attachment.policy is not None else ""
-    targeted = speedup is not None or max_loss is not None
-    if (targeted or searches) and validation is None:
-        what = "A target needs validation rows to be met on" if targeted else "A search needs validation rows"
-        raise OptionError(f"{what}; give validation=.")
-    if search and not searches:
-        name = "none" if attachment.policy is None else attachment.policy.config.method
-        raise OptionError(f"The method {name!r} searches no retention configurations.")
-    processes = PartialState(cpu=trains_on_cpu(arguments))
-    for stage in plan:
-        if attachment.policy is not None and stage.exit_learning_rate is None:
-            attachment.policy.check(stage)
-    if attachment.exit is not None:
-        attachment.exit.mode = "off"  # until it is trained
-    settings = _settings(model, plan, rows, seed)
-    refuse_another_run(work, settings)
-    by_one(processes, lambda: begin(work, settings))
-    teacher = reference = frontier = None
-    share = _share(attachment, speedup, max_loss)
-
-    def settle(speedup: float | None, max_loss: float | None) -> None:
-        """Set how much the policy drops."""
-        nonlocal frontier
-        if searches and validation is not None and reference is not None:
-            judge = quality or agreement(reference, model)
-            if frontier is None:
-                frontier = _search(model, validation, quality, reference, work, search or {}, seed, processes)
-            else:
-                frontier = frontiers.measured(model, validation, judge, frontier)
-            frontiers.settle(model, frontier, speedup, None if max_loss is None else float(judge(reference)) - max_loss)
-        elif validation is not None and targeted:
-            calibrate(model, validation, speedup=speedup, max_loss=max_loss, quality=quality, reference=reference)
-
+    attachment_of(model).notes.update(notes or {})
+    plan = planned(model, stages, overrides or {}, fine_tune=fine_tune)
+    target = Target(speedup, max_loss)
+    _refuse(model, target, validation, search)
+    run = _Run(
+        model,
+        plan,
+        rows,
+        tokenizer,
+        Path(directory) / "training",
+        target=target,
+        judging=None if validation is None else _Judging(validation, quality),
+        search=search or {},
+        seed=seed,
+        on_stage=on_stage,
+        on_start=on_start,
+        arguments=arguments,
+    )
     for number, stage in enumerate(plan, start=1):
-        done = work / f"{number}-{stage.name}" / "done"
-        if stage.distil_weight and teacher is None:  # also when this stage is done: later ones have it
-            teacher = stock_copy(model)
-        wanted = max_loss is not None or on_start is not None or searches
-        if wanted and validation is not None and reference is None and stage.name != "fine-tune":
-            reference = run_packed(model, validation).predictions
-            if on_start:
-                on_start(reference)
-        exiting = stage.exit_learning_rate is not None
-        if stage.mode == "hard" and not exiting and searches == "before" and not stage.configurations:
-            frontier = _search(model, validation, quality, reference, work, search or {}, seed, processes)
-            frontier.at(share[0] or 1.0)  # rather now than after hours of training
-            stage = dataclasses.replace(stage, configurations=frontier.configurations)
-        whole = (done / checkpoint.SETTINGS).is_file()  # written last: the stage was saved whole
-        if exiting and attachment.policy is not None and (searches or not whole):
-            settle(*share)
-        if whole:
-            _take_over(model, done)
-            continue
-        if stage.mode == "hard" and not exiting and not searches and validation is not None and targeted:
-            _first_drop(model, validation, share[0])
-        if on_stage:
-            on_stage(stage)
-        salient = attachment.policy is not None and attachment.policy.learns_saliency and not exiting
-        if stage.mode != "off" and salient and COLUMN not in rows.column_names:
-            rows = with_saliency(model, rows, work, processes, progress=bool(arguments.get("progress", True)))
-        run_stage(model, stage, rows, tokenizer, done.parent, teacher=teacher, seed=seed, **arguments)
-        by_one(processes, partial(_keep, model, done))
-    if attachment.exit is None:
-        settle(speedup, max_loss)
-    else:
-        attachment.exit.mode = "leave"
-        if validation is not None and targeted:
-            calibrate(
-                model,
-                validation,
-                speedup=speedup,
-                max_loss=max_loss,
-                quality=quality,
-                reference=reference,
-                knob="exit",
-            )
-    by_one(processes, lambda: _finish(model, tokenizer, directory, work))
+        run.stage(number, stage)
+    run.meet_target()
+    by_one(run.processes, lambda: _finish(model, tokenizer, directory, run.work))
     return model
 
 
-def _stages(attachment: Attachment) -> tuple[Stage, ...]:
-    """The policy's own, then the exit's."""
-    if attachment.policy is None and attachment.exit is None:
-        raise OptionError("There is nothing to train; give fit a method, an exit, or both.")
-    policy = () if attachment.policy is None else attachment.policy.stages()
-    return policy if attachment.exit is None else (*policy, *attachment.exit.stages())
+@dataclass(frozen=True)
+class Target:
+    """What `fit` is to reach on the validation rows: a speedup, or the most that may be lost; or neither."""
+
+    speedup: float | None = None
+    max_loss: float | None = None
+
+    @property
+    def given(self) -> bool:
+        return self.speedup is not None or self.max_loss is not None
+
+    def of_the_policy(self, attachment: Attachment) -> Target:
+        """The part that the policy meets by itself: all of it, where there is no exit."""
+        if attachment.exit is None:
+            return self
+        speedup = None if self.speedup is None else math.sqrt(self.speedup)
+        return Target(speedup, None if self.max_loss is None else self.max_loss / 2)
 
 
-def _share(attachment: Attachment, speedup: float | None, max_loss: float | None) -> tuple[float | None, float | None]:
-    """The part of a target that the policy meets by itself: all of it, where there is no exit."""
-    if attachment.exit is None:
-        return speedup, max_loss
-    return None if speedup is None else math.sqrt(speedup), None if max_loss is None else max_loss / 2
+def _refuse(model: Any, target: Target, validation: Any, search: Mapping[str, Any] | None) -> None:
+    """Raises OptionError for a target or a search without rows to judge by, and a search that the method does not make."""
+    policy = attachment_of(model).policy
+    searches = policy is not None and policy.config.searches
+    if (target.given or searches) and validation is None:
+        what = "A target needs validation rows to be met on" if target.given else "A search needs validation rows"
+        raise OptionError(f"{what}; give validation=.")
+    if search and not searches:
+        name = "none" if policy is None else policy.config.method
+        raise OptionError(f"The method {name!r} searches no retention configurations.")
 
 
-def _search(
-    model: Any,
-    validation: Any,
-    quality: Quality | None,
-    reference: Any,
-    work: Path,
-    options: Mapping[str, Any],
-    seed: int,
-    processes: PartialState,
-) -> Frontier:
-    """The frontier of the model as it is now; made once, and only read by a run that goes on."""
-    judge = quality or agreement(reference, model)
-    by_one(processes, lambda: frontiers.searched(model, validation, judge, work, options, seed))
-    return frontiers.read(model, work)
+@dataclass(frozen=True)
+class _Judging:
+    """The rows that a target is met on, and what answers to them are worth; None: how often they are those of the start."""
+
+    rows: datasets.Dataset
+    quality: Quality | None
+
+
+class _Run:
+    """One fit: its stages in their order, what is known of the model they began from, and the target in the end.
+
+    reference: what the fine-tuned model says of the validation rows, nothing dropped. frontier: of a method that searches.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        plan: tuple[Stage, ...],
+        rows: datasets.Dataset,
+        tokenizer: Any,
+        work: Path,
+        *,
+        target: Target,
+        judging: _Judging | None,
+        search: Mapping[str, Any],
+        seed: int,
+        on_stage: Callable[[Stage], object] | None,
+        on_start: Callable[[np.ndarray], object] | None,
+        arguments: dict[str, Any],
+    ) -> None:
+        self.model, self.rows, self.tokenizer, self.work = model, rows, tokenizer, work
+        self.target, self.judging, self.search, self.seed = target, judging, search, seed
+        self.on_stage, self.on_start, self.arguments = on_stage, on_start, arguments
+        self.processes = PartialState(cpu=trains_on_cpu(arguments))
+        attachment = self.attachment = attachment_of(model)
+        self.searches = attachment.policy.config.searches if attachment.policy is not None else ""
+        self.share = target.of_the_policy(attachment)
+        self.teacher: Any = None
+        self.reference: np.ndarray | None = None
+        self.frontier: Frontier | None = None
+        if attachment.exit is not None:
+            attachment.exit.mode = "off"  # until it is trained
+        settings = _settings(model, plan, rows, seed)
+        refuse_another_run(work, settings)
+        by_one(self.processes, lambda: begin(work, settings))
+
+    def stage(self, number: int, stage: Stage) -> None:
+        """Train one stage, or take it over from an interrupted run."""
+        done = self.work / f"{number}-{stage.name}" / "done"
+        whole = (done / checkpoint.SETTINGS).is_file()  # written last: the stage was saved whole
+        if stage.distil_weight and self.teacher is None:  # also when this stage is done: later ones have it
+            self.teacher = stock_copy(self.model)
+        if stage.name != FINE_TUNE.name:
+            self._ask_the_start()
+        if stage.mode == "hard" and not stage.exits and self.searches == "before" and not stage.configurations:
+            frontier = self._searched()
+            frontier.at(self.share.speedup or 1.0)  # rather now than after hours of training
+            stage = dataclasses.replace(stage, configurations=frontier.configurations)
+        if stage.exits and self.attachment.policy is not None and (self.searches or not whole):
+            self._settle(self.share)
+        if whole:
+            _take_over(self.model, done)
+        else:
+            self._train(stage, done)
+
+    def _train(self, stage: Stage, done: Path) -> None:
+        policy = self.attachment.policy
+        if stage.mode == "hard" and not stage.exits and not self.searches and self.judging and self.target.given:
+            _first_drop(self.model, self.judging.rows, self.share.speedup)
+        if self.on_stage:
+            self.on_stage(stage)
+        salient = policy is not None and policy.learns_saliency and not stage.exits
+        if stage.mode != "off" and salient and COLUMN not in self.rows.column_names:
+            progress = bool(self.arguments.get("progress", True))
+            self.rows = with_saliency(self.model, self.rows, self.work, self.processes, progress=progress)
+        run_stage(
+            self.model,
+            stage,
+            self.rows,
+            self.tokenizer,
+            done.parent,
+            teacher=self.teacher,
+            seed=self.seed,
+            **self.arguments,
+        )
+        by_one(self.processes, partial(_keep, self.model, done))
+
+    def meet_target(self) -> None:
+        """Set how much the trained model drops, and how early rows leave."""
+        exit = self.attachment.exit
+        if exit is None:
+            self._settle(self.target)
+            return
+        exit.mode = "leave"
+        self._calibrate(self.target, knob="exit")
+
+    def _ask_the_start(self) -> None:
+        """What the model says before it learns to drop, where that is asked for."""
+        wanted = self.target.max_loss is not None or self.on_start is not None or self.searches
+        if wanted and self.judging is not None and self.reference is None:
+            self.reference = run_packed(self.model, self.judging.rows).predictions
+            if self.on_start:
+                self.on_start(self.reference)
+
+    def _settle(self, target: Target) -> None:
+        """Set how much the policy drops."""
+        if not self.searches or self.judging is None or self.reference is None:
+            self._calibrate(target)
+            return
+        judge = self._judge()
+        if self.frontier is None:
+            self._searched()
+        else:
+            self.frontier = frontiers.measured(self.model, self.judging.rows, judge, self.frontier)
+        assert self.frontier is not None
+        floor = None if target.max_loss is None else float(judge(self.reference)) - target.max_loss
+        frontiers.settle(self.model, self.frontier, target.speedup, floor)
+
+    def _calibrate(self, target: Target, knob: Knob | None = None) -> None:
+        if self.judging is not None and target.given:
+            options: dict[str, Any] = {"quality": self.judging.quality, "reference": self.reference, "knob": knob}
+            calibrate(self.model, self.judging.rows, speedup=target.speedup, max_loss=target.max_loss, **options)
+
+    def _searched(self) -> Frontier:
+        """The frontier of the model as it is now; made once, and only read by a run that goes on."""
+        assert self.judging is not None
+        judge, rows = self._judge(), self.judging.rows
+        by_one(
+            self.processes,
+            lambda: frontiers.searched(self.model, rows, judge, self.work, self.search, self.seed),
+        )
+        self.frontier = frontiers.read(self.model, self.work)
+        return self.frontier
+
+    def _judge(self) -> Quality:
+        assert self.judging is not None
+        assert self.reference is not None
+        return self.judging.quality or agreement(self.reference, self.model)
 
 
 def _settings(model: Any, plan: tuple[Stage, ...], rows: datasets.Dataset, seed: int) -> dict[str, Any]:
@@ -228,26 +308,6 @@ def _first_drop(model: Any, validation: datasets.Dataset, speedup: float | None)
     except TargetError:
         if speedup:
             raise
-
-
-def _override(stage: Stage, overrides: Mapping[str, Any], plan: tuple[Stage, ...]) -> Stage:
-    known = {f.name for f in dataclasses.fields(Stage)} - {"name"}
-    changes = {}
-    for key, value in overrides.items():
-        name, _, setting = key.rpartition(".")
-        if setting not in known:
-            raise OptionError(f"A stage has no setting {setting!r}{nearest(setting, known)}")
-        if name and name not in {s.name for s in plan}:
-            raise OptionError(f"The method has no stage {name!r}{nearest(name, {s.name for s in plan})}")
-        fixed = (
-            setting == "learning_rate" and stage.learning_rate == 0
-        )  # a model that does not learn, unless told so by name
-        if name == stage.name or (not name and not fixed):
-            changes[setting] = value
-    stage = dataclasses.replace(stage, **changes)
-    if stage.exit_learning_rate is not None and stage.learning_rate == 0:  # what the model says is nobody's lesson
-        return dataclasses.replace(stage, label_weight=0.0, distil_weight=0.0)
-    return stage
 
 
 def _take_over(model: Any, done: Path) -> None:

@@ -154,7 +154,7 @@ def run_stage(
     arguments: anything else transformers.TrainingArguments takes (gradient_accumulation_steps, max_steps, use_cpu, ...).
     Raises OptionError when the stage needs labels that the rows lack.
     """
-    exit, exiting = attachment_of(model).exit, stage.exit_learning_rate is not None
+    exit, exiting = attachment_of(model).exit, stage.exits
     if exiting and exit is None:
         raise OptionError(f"The stage {stage.name!r} trains an exit and the model has none; attach it with exit=.")
     labelled = stage.label_weight or (exiting and exit is not None and exit.config.labelled)

@@ -1,0 +1,70 @@
+"""Which stages a method and an exit train by, and the settings that a user gives them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from thresher.errors import OptionError, nearest
+from thresher.model import attachment_of
+from thresher.policy import Stage
+
+FINE_TUNE = Stage(name="fine-tune", mode="off")
+
+
+def stages_of(model: Any) -> tuple[Stage, ...]:
+    """Of what is attached: the method's own, then the exit's."""
+    attachment = attachment_of(model)
+    parts = (attachment.policy, attachment.exit)
+    return tuple(stage for part in parts if part is not None for stage in part.stages())
+
+
+def planned(
+    model: Any, stages: tuple[Stage, ...] | None, overrides: Mapping[str, Any], *, fine_tune: bool
+) -> tuple[Stage, ...]:
+    """The stages of one fit, those given or what is attached's own.
+
+    overrides: settings of every stage ({"epochs": 2}), or of one by name ({"soft.learning_rate": 1e-4}).
+    Raises OptionError for a setting or a stage that there is not, one that the policy does not take, and nothing to train.
+    """
+    attachment = attachment_of(model)
+    plan = stages_of(model) if stages is None else stages
+    if stages is None and attachment.policy is None and attachment.exit is None:
+        raise OptionError("There is nothing to train; give fit a method, an exit, or both.")
+    if fine_tune:
+        plan = (FINE_TUNE, *plan)
+    _refuse_unknown(overrides, plan)
+    plan = tuple(_overridden(stage, overrides) for stage in plan)
+    for stage in plan:
+        if attachment.policy is not None and not stage.exits:
+            attachment.policy.check(stage)
+    return plan
+
+
+def _refuse_unknown(overrides: Mapping[str, Any], plan: tuple[Stage, ...]) -> None:
+    settings = {f.name for f in dataclasses.fields(Stage)} - {"name"}
+    names = {stage.name for stage in plan}
+    for key in overrides:
+        name, _, setting = key.rpartition(".")
+        if setting not in settings:
+            raise OptionError(f"A stage has no setting {setting!r}{nearest(setting, settings)}")
+        if name and name not in names:
+            raise OptionError(f"The method has no stage {name!r}{nearest(name, names)}")
+
+
+def _overridden(stage: Stage, overrides: Mapping[str, Any]) -> Stage:
+    changes = {}
+    for key, value in overrides.items():
+        name, _, setting = key.rpartition(".")
+        # A model that does not learn stays so, unless told otherwise by name.
+        fixed = setting == "learning_rate" and stage.learning_rate == 0
+        if name == stage.name or (not name and not fixed):
+            changes[setting] = value
+    stage = dataclasses.replace(stage, **changes)
+    if stage.exits and stage.learning_rate == 0:  # what the model says is nobody's lesson
+        return dataclasses.replace(stage, label_weight=0.0, distil_weight=0.0)
+    return stage
+
+
+__all__ = ["FINE_TUNE", "planned", "stages_of"]
