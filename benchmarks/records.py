@@ -117,6 +117,15 @@ def headline(entries: dict[str, dict[str, Any]]) -> str:
     )
 
 
+def summary(entries: dict[str, dict[str, Any]]) -> str:
+    """How many of the targets hold."""
+    verdicts = [holds(entry) for entry in entries.values() if entry["target"]]
+    return (
+        f"Of {len(verdicts)} targets that were set before anything was measured {sum(map(bool, verdicts))} hold; the others "
+        "stand as missed, each with its figure, in [what was measured](docs/experiments.md), which also says why."
+    )
+
+
 def markdown(entries: list[dict[str, Any]]) -> str:
     """A table of records, the missed targets marked as missed."""
     lines = ["| record | what | value | target | holds | against |", "|---|---|---|---|---|---|"]
@@ -136,17 +145,20 @@ def markdown(entries: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+MADE = {"headline": headline, "summary": summary}
+
+
 def fill(text: str) -> str:
     """`text` with what stands between `<!-- figures:NAME -->` and `<!-- figures:end -->` made anew from the records.
 
-    NAME: headline, targets (every record that has one), or the name of a results file.
+    NAME: headline, summary, targets (every record that has one), or the name of a results file.
     """
     entries = all_entries()
 
     def block(match: re.Match[str]) -> str:
         name = match[1]
-        if name == "headline":
-            body = headline(entries)
+        if name in MADE:
+            body = MADE[name](entries)
         elif name == "targets":
             body = markdown([e for e in entries.values() if e["target"]])
         else:
@@ -156,14 +168,19 @@ def fill(text: str) -> str:
     return re.sub(r"<!-- figures:(?!end)(\w+) -->.*?<!-- figures:end -->", block, text, flags=re.DOTALL)
 
 
-DOCUMENTS = ("README.md", "docs/experiments.md")
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = (
+    "README.md",
+    "docs/experiments.md",
+    *sorted(f"docs/experiments/{f.name}" for f in ROOT.glob("docs/experiments/*.md")),
+)
 
 
 def main() -> None:
     """Print every record; with --write also put the figures into the README and the docs."""
     if "--write" in sys.argv:
         for name in DOCUMENTS:
-            path = Path(__file__).parent.parent / name
+            path = ROOT / name
             path.write_text(fill(path.read_text()))
     from rich.console import Console
     from rich.table import Table

@@ -27,11 +27,24 @@ def records() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/experiments.md"])
-def test_figures_are_those_of_the_records(records: ModuleType, name: str) -> None:
-    text = (ROOT / name).read_text(encoding="utf-8")
-    assert "<!-- figures:" in text
-    assert records.fill(text) == text, f"run `python benchmarks/records.py --write` to bring {name} up to date"
+def test_figures_are_those_of_the_records(records: ModuleType) -> None:
+    assert len(records.DOCUMENTS) > 4
+    for name in records.DOCUMENTS:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert "<!-- figures:" in text
+        assert records.fill(text) == text, f"run `python benchmarks/records.py --write` to bring {name} up to date"
+
+
+def test_every_picture_and_page_that_is_named_is_there() -> None:
+    for page in (ROOT / "README.md", *ROOT.glob("docs/**/*.md")):
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} names {target}"
+
+
+def test_every_results_file_is_shown(records: ModuleType) -> None:
+    shown = "".join((ROOT / name).read_text(encoding="utf-8") for name in records.DOCUMENTS)
+    for file in records.RESULTS.glob("*.json"):
+        assert f"<!-- figures:{file.stem} -->" in shown, f"{file.name} stands in no document"
 
 
 def test_every_record_is_whole(records: ModuleType) -> None:
