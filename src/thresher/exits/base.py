@@ -83,6 +83,9 @@ class ExitConfig(Settings):
         return f"exit {cls.method!r}"
 
 
+# Branches and model learn from labels together.
+TOGETHER = Stage(name="exit", mode="hard", epochs=3, learning_rate=2e-5, exit_learning_rate=2e-4, label_weight=0.0)
+
 ConfigT = TypeVar("ConfigT", bound=ExitConfig)
 Mode = Literal["off", "record", "sample", "leave"]
 
@@ -207,6 +210,13 @@ def from_labels(head: Head, logits: Tensor, labels: Tensor) -> Tensor:
     if head.kind == "value" and not head.sigmoid:
         loss = F.mse_loss
     return loss(logits, labels.reshape(logits.shape).to(logits.dtype))
+
+
+def rising(head: Head, every: list[Tensor], labels: Tensor) -> Tensor:
+    """The mean over layers of the task's loss, layer l with weight l. every: what each says, last the model itself."""
+    losses = torch.stack([from_labels(head, said, labels) for said in every])
+    weights = torch.arange(1, len(every) + 1, device=losses.device, dtype=losses.dtype)
+    return (weights * losses).sum() / weights.sum()
 
 
 def from_answers(branch: Tensor, outputs: Tensor, *, reverse: bool = False) -> Tensor:

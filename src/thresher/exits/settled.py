@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from thresher.errors import OptionError
-from thresher.exits.base import Exit, ExitConfig, Kind, Memory, from_answers, from_labels
+from thresher.exits.base import TOGETHER, Exit, ExitConfig, Kind, Memory, from_answers, rising
 from thresher.exits.branches import NO_ANSWER, LinearBranch, SpanBranch
 from thresher.exits.certain import labels_of
 from thresher.policy import Batch, Stage
@@ -123,24 +123,10 @@ class PABEEExit(PatientExit[PABEE]):
         return super().same(now, last)
 
     def loss(self, branches: list[Tensor], outputs: Tensor, batch: Batch) -> Tensor:
-        """The mean over layers of the task's loss, layer l with weight l; the last is the model's own."""
-        labels = labels_of(batch)
-        every = [*branches, outputs.reshape(len(outputs), -1).float()]
-        losses = torch.stack([from_labels(self.head, said, labels) for said in every])
-        weights = torch.arange(1, len(every) + 1, device=losses.device, dtype=losses.dtype)
-        return (weights * losses).sum() / weights.sum()
+        return rising(self.head, [*branches, outputs.reshape(len(outputs), -1).float()], labels_of(batch))
 
     def stages(self) -> tuple[Stage, ...]:
-        return (
-            Stage(
-                name="exit",
-                mode="hard",
-                epochs=3,
-                learning_rate=2e-5,
-                exit_learning_rate=2e-4,
-                label_weight=0.0,
-            ),
-        )
+        return (TOGETHER,)
 
 
 class SettledSpanExit(PatientExit[SettledSpan]):

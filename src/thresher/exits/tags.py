@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thresher.errors import OptionError
-from thresher.exits.base import Kind, Memory, from_labels
+from thresher.exits.base import TOGETHER, Kind, Memory, rising
 from thresher.exits.branches import NO_ANSWER
 from thresher.exits.certain import CertainExit, ThresholdExit, entropy, labels_of
 from thresher.packed import Layout, PackedTokens
@@ -97,23 +97,10 @@ class TaggingExit(ThresholdExit[TaggingT]):
         return entropy(said) / math.log(self.head.outputs)
 
     def loss(self, branches: list[Tensor], outputs: Tensor, batch: Batch) -> Tensor:
-        """The mean over layers of the task's loss, layer l with weight l; the last is the model's own."""
-        labels = labels_of(batch)
-        losses = torch.stack([from_labels(self.head, said, labels) for said in (*branches, outputs.float())])
-        weights = torch.arange(1, len(losses) + 1, device=losses.device, dtype=losses.dtype)
-        return (weights * losses).sum() / weights.sum()
+        return rising(self.head, [*branches, outputs.float()], labels_of(batch))
 
     def stages(self) -> tuple[Stage, ...]:
-        return (
-            Stage(
-                name="exit",
-                mode="hard",
-                epochs=3,
-                learning_rate=2e-5,
-                exit_learning_rate=2e-4,
-                label_weight=0.0,
-            ),
-        )
+        return (TOGETHER,)
 
 
 class SENTEEExit(TaggingExit[SENTEE]):
@@ -157,15 +144,4 @@ class TokEEExit(TaggingExit[TokEE]):
         return pooled.flatten()[place]
 
     def stages(self) -> tuple[Stage, ...]:
-        return (
-            *super().stages(),
-            Stage(
-                name="self-sampling",
-                mode="hard",
-                epochs=2,
-                learning_rate=2e-5,
-                exit_learning_rate=2e-4,
-                exit_samples=True,
-                label_weight=0.0,
-            ),
-        )
+        return (*super().stages(), replace(TOGETHER, name="self-sampling", epochs=2, exit_samples=True))
