@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -154,67 +155,86 @@ def run_stage(
     arguments: anything else transformers.TrainingArguments takes (gradient_accumulation_steps, max_steps, use_cpu, ...).
     Raises OptionError when the stage needs labels that the rows lack.
     """
-    exit, exiting = attachment_of(model).exit, stage.exits
-    if exiting and exit is None:
+    policy = attachment_of(model).policy
+    _refuse(model, stage, rows)
+    settings = {
+        "num_train_epochs": stage.epochs,
+        "learning_rate": stage.learning_rate,
+        "per_device_train_batch_size": stage.batch_size,
+        "warmup_steps": stage.warmup,
+        "weight_decay": stage.weight_decay,
+        "seed": seed,
+        "disable_tqdm": not progress,
+        **arguments,
+    }
+    learner = Learner(model, stage, teacher)
+    with _in_its_modes(model, stage):
+        trainer = _StageTrainer(
+            learner,
+            training_arguments(directory, settings, precision),
+            train_dataset=rows,
+            data_collator=_collator(model, rows, tokenizer),
+            callbacks=[*callbacks, *([] if policy is None else [_ToldToPolicy(policy)])],
+        )
+        trainer.remove_callback(PrinterCallback)  # it would print to standard output, which belongs to the caller
+        last = get_last_checkpoint(str(directory)) if resume and Path(directory).is_dir() else None
+        result = trainer.train(resume_from_checkpoint=last)
+    return dict(result.metrics)
+
+
+def _refuse(model: Any, stage: Stage, rows: datasets.Dataset) -> None:
+    """Raises OptionError for a stage without the exit or the labels that it learns with, or that the policy does not take."""
+    attachment = attachment_of(model)
+    exit, policy = attachment.exit, attachment.policy
+    if stage.exits and exit is None:
         raise OptionError(f"The stage {stage.name!r} trains an exit and the model has none; attach it with exit=.")
-    labelled = stage.label_weight or (exiting and exit is not None and exit.config.labelled)
+    labelled = stage.label_weight or (stage.exits and exit is not None and exit.config.labelled)
     if labelled and "labels" not in rows.column_names and "start_positions" not in rows.column_names:
         raise OptionError(
             f"The stage {stage.name!r} learns from labels and these rows have none; give labels, or distil (no labels needed)."
         )
-    policy = attachment_of(model).policy
-    if policy is not None and not exiting:
+    if policy is not None and not stage.exits:
         policy.check(stage)
-    learner = Learner(model, stage, teacher)
-    frozen = []
+
+
+@contextlib.contextmanager
+def _in_its_modes(model: Any, stage: Stage) -> Iterator[None]:
+    """Inside this block policy and exit act as the stage has them, and only what it trains learns."""
+    attachment = attachment_of(model)
+    exit, policy = attachment.exit, attachment.policy
+    still: list[torch.nn.Parameter] = []
     if policy is not None:
         policy.mode = stage.mode
         if stage.policy_learning_rate is None:
-            frozen = [p for p in policy.parameters() if p.requires_grad]
+            still += policy.parameters()
+    before = None if exit is None else exit.mode
     if exit is not None:
-        before = exit.mode
-        exit.mode = ("sample" if stage.exit_samples else "record") if exiting else "off"
-        frozen += [p for p in exit.parameters() if p.requires_grad and not exiting]
-    if exiting and stage.learning_rate == 0:  # nothing goes back through what does not learn
-        frozen += [p for p in model.parameters() if p.requires_grad]
-    for parameter in frozen:
+        exit.mode = ("sample" if stage.exit_samples else "record") if stage.exits else "off"
+        if not stage.exits:
+            still += exit.parameters()
+    if stage.exits and stage.learning_rate == 0:  # nothing goes back through what does not learn
+        still += model.parameters()
+    still = [parameter for parameter in still if parameter.requires_grad]
+    for parameter in still:
         parameter.requires_grad_(False)
-    several = find_encoder(model).config.problem_type == "multi_label_classification"
-    per_token = not several and "labels" in rows.column_names and isinstance(rows[0]["labels"], list)
-    collator: Any = (DataCollatorForTokenClassification if per_token else DataCollatorWithPadding)(tokenizer)
-    if not set(FOR_THE_POLICY).isdisjoint(rows.column_names):
-        collator = _ForThePolicy(collator, tokenizer.padding_side)
-    settings = training_arguments(
-        directory,
-        {
-            "num_train_epochs": stage.epochs,
-            "learning_rate": stage.learning_rate,
-            "per_device_train_batch_size": stage.batch_size,
-            "warmup_steps": stage.warmup,
-            "weight_decay": stage.weight_decay,
-            "seed": seed,
-            "disable_tqdm": not progress,
-            **arguments,
-        },
-        precision,
-    )
-    trainer = _StageTrainer(
-        learner,
-        settings,
-        train_dataset=rows,
-        data_collator=collator,
-        callbacks=[*callbacks, *([] if policy is None else [_ToldToPolicy(policy)])],
-    )
-    trainer.remove_callback(PrinterCallback)  # it would print to standard output, which belongs to the caller
-    last = get_last_checkpoint(str(directory)) if resume and Path(directory).is_dir() else None
     try:
-        result = trainer.train(resume_from_checkpoint=last)
+        yield
     finally:
-        for parameter in frozen:
+        for parameter in still:
             parameter.requires_grad_(True)
         if policy is not None:
             policy.mode = "hard"
         if exit is not None:
-            exit.mode = "leave" if exiting else before
+            assert before is not None
+            exit.mode = "leave" if stage.exits else before
         model.eval()
-    return dict(result.metrics)
+
+
+def _collator(model: Any, rows: datasets.Dataset, tokenizer: Any) -> Any:
+    """What pads rows to batches: labels too, where each token has one."""
+    several = find_encoder(model).config.problem_type == "multi_label_classification"
+    per_token = not several and "labels" in rows.column_names and isinstance(rows[0]["labels"], list)
+    collator: Any = (DataCollatorForTokenClassification if per_token else DataCollatorWithPadding)(tokenizer)
+    if not set(FOR_THE_POLICY).isdisjoint(rows.column_names):
+        return _ForThePolicy(collator, tokenizer.padding_side)
+    return collator
