@@ -21,8 +21,10 @@ import thresher
 from commands import call, fails, ok, synthetic, write_rows
 from helpers import build, config_of, tokenizer
 from thresher.cli.commands import app
+from thresher.cli.gains import slower
 from thresher.cli.options import convert, place_of
 from thresher.errors import OptionError
+from thresher.exits import FastBERT
 from thresher.model import attachment_of
 from thresher.training import stages
 
@@ -595,3 +597,32 @@ def test_convert(text: str, hint: Any, expected: Any) -> None:
 def test_convert_refuses(text: str, hint: Any) -> None:
     with pytest.raises(OptionError, match="setting takes"):
         convert("setting", text, hint)
+
+
+# --- nothing gained ---------------------------------------------------------------------------------------------------
+
+
+def test_where_nothing_is_gained_it_is_said_and_what_to_do() -> None:
+    assert slower("m", 12, 1.0) is None
+    assert slower("m", 12, 1.5, {1: 1.2, 8: 0.996}) is None  # which is shown as 1.00x
+    more = slower("m", 12, 0.93, {1: 0.8})
+    assert more is not None and "more FLOPs than the model before (0.93x): on rows of 12 tokens" in more
+    assert "thresher calibrate m DATA" in more
+    less = slower("m", 40, 1.5, {1: 0.9, 8: 1.2, 32: 0.95})
+    assert less is not None and "slower here than the model before (0.90x at batch 1, 0.95x at batch 32)" in less
+    assert "a FLOPs speedup of 1.50x does not pay" in less
+    graph = slower("m", 12, 0.93, graph=True)
+    assert graph is not None and "export it again" in graph and "calibrate m" not in graph
+
+
+def test_evaluate_and_bench_say_where_nothing_is_gained(place: Path, tmp_path: Path) -> None:
+    """An exit by which nobody leaves costs what its branches take."""
+    model = thresher.attach(build(config_of("bert", 2, num_labels=2)), exit=FastBERT(threshold=0.0))
+    model.save_pretrained(tmp_path / "m")
+    tokenizer().save_pretrained(tmp_path / "m")
+    assert ok("evaluate", tmp_path / "m", place / "rows.jsonl")["speedup"] < 0.99
+    assert "more FLOPs than the model before (0." in call("evaluate", tmp_path / "m", place / "rows.jsonl").stdout
+    assert "the model before (" not in call("evaluate", place / "clf", place / "rows.jsonl").stdout
+    assert "the model before (" not in call("evaluate", place / "fitted", place / "rows.jsonl").stdout
+    words = ("bench", place / "clf", place / "rows.jsonl", "--batch-size", 8, "--rounds", 1)
+    assert "the model before (" not in call(*words).stdout  # nothing drops there, so nothing is to be gained

@@ -146,6 +146,88 @@ def test_one_validation_row_cannot_choose_and_judge(place: Path, tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
+def refused(place: Path, tmp_path: Path, *words: object, match: str) -> None:
+    """A comparison that one sentence refuses before anything is written."""
+    fails("compare", place / "clf", "--out", tmp_path / "o", "--methods", "random", *QUICK, *words, match=match)
+    assert not (tmp_path / "o").exists()
+
+
+def test_bad_rows_are_one_sentence(place: Path, tmp_path: Path) -> None:
+    data = place / "train.jsonl"
+    (tmp_path / "empty.jsonl").write_text("")
+    refused(place, tmp_path, tmp_path / "nowhere.jsonl", match="There is no file or directory")
+    refused(place, tmp_path, tmp_path / "empty.jsonl", match="empty.jsonl is empty")
+    refused(place, tmp_path, data, "--validation", tmp_path / "empty.jsonl", match="empty.jsonl is empty")
+    refused(place, tmp_path, data, "--test", tmp_path / "nowhere.jsonl", match="There is no file or directory")
+    unlabelled = write_rows(tmp_path / "bare.jsonl", [{"text": row["text"]} for row in synthetic(24)])
+    refused(place, tmp_path, unlabelled, match="no column known to be the label")
+    one_class = write_rows(tmp_path / "same.jsonl", [{**row, "label": 1} for row in synthetic(24)])
+    refused(place, tmp_path, one_class, "--validation", data, match="the same label, so nothing can be learned or lost")
+    few = write_rows(tmp_path / "few.jsonl", synthetic(6))
+    refused(place, tmp_path, few, match="One validation row cannot be divided.*give at least two, or test rows")
+    refused(place, tmp_path, write_rows(tmp_path / "one.jsonl", synthetic(1)), match="One row cannot be divided")
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (("--test-limit", 5), "--test-limit is of the rows of --test; give that too"),
+        (("--validation-limit", 5), "--validation-limit is of the rows of --validation"),
+        (("--trained-at", 0.5), "must be above 1, not 0.5"),
+        (("--speedups", "nan"), "speedups must be above 1, not nan"),
+        (("--speedups", ""), "--speedups takes numbers"),
+        (("--speedup", 1), "speedup must be above 1, not 1"),
+        (("--speedup", "inf"), "--speedup must be at least 1"),
+        (("--max-loss", -1), "--max-loss must be at least 0"),
+        (("--limit", 0), "limit on rows must be at least 1"),
+        (("--stage", "batch_size"), "--stage takes NAME=VALUE"),
+        (("--max-length", 0), "leaves no room for text"),
+        (("--column", "text=review"), "There is no column 'review'"),
+        (("--metric", "bleu"), "There is no metric 'bleu'"),
+        (("--task", "qa"), "line 1 has no context"),
+    ],
+)
+def test_bad_options_are_one_sentence(place: Path, tmp_path: Path, words: tuple[object, ...], match: str) -> None:
+    refused(place, tmp_path, place / "train.jsonl", *words, match=match)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--passes", 0), ("--passes", -3), ("--passes", "many"), ("--seed", -1), ("--rounds", -1), ("--evaluations", 0)],
+)
+def test_numbers_out_of_range_are_refused_by_their_option(
+    place: Path, tmp_path: Path, words: tuple[object, ...]
+) -> None:
+    done = call("compare", place / "clf", place / "train.jsonl", "--out", tmp_path / "o", *words)
+    assert done.exit_code == 2 and str(words[0]) in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "o").exists()
+
+
+def test_names_of_methods_are_checked_first(place: Path, tmp_path: Path) -> None:
+    words = ("compare", tmp_path / "no-model", tmp_path / "no-data", "--out", tmp_path / "o", "--methods")
+    fails(*words, ",", match="needs at least one method")
+    fails(*words, "ltp,ltp", match="'ltp' is given twice")
+    fails(*words, "ltp+adapler", match="one method and one exit")
+
+
+def test_a_place_that_cannot_be_written_to(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    words = ("compare", place / "clf", place / "train.jsonl", "--methods", "random", *QUICK, "--out")
+    fails(*words, tmp_path / "file", match="is a file; give a directory")
+    fails(*words, tmp_path / "file" / "o", match="Not a directory")
+    fails(*words, place / "clf", match="holds a saved model")
+    (tmp_path / "o" / "best").mkdir(parents=True)
+    fails(*words, tmp_path / "o", match="holds best but no run.json of a comparison")
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_directory_of_another_comparison_is_left_as_it_is(place: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in (place / "out").rglob("*")}
+    other = [place / "check.jsonl" if word == place / "train.jsonl" else word for word in command(place)]
+    fails(*other, match=r"holds a comparison with other settings \(rows\); remove it, or give another directory")
+    assert {file: file.stat().st_mtime_ns for file in (place / "out").rglob("*")} == before
+
+
 # --- the metric of every row ---------------------------------------------------------------------------------------------
 
 

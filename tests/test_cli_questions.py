@@ -351,3 +351,47 @@ def test_what_cannot_be_skipped(place: Path, tmp_path: Path) -> None:
     row = {**questions(1)[0], "context": ""}
     said = fails("evaluate", place / "qa", write_rows(tmp_path / "e.jsonl", [row]), "--skip-bad", match="no questions")
     assert "Note: 1 bad question was skipped." in said
+
+
+def test_columns_by_another_name(place: Path, tmp_path: Path) -> None:
+    """In rows and in SQuAD's layout; and later commands need not be told again."""
+    names = ("--column", "question=query", "--column", "context=passage")
+    train, rows = questions(24), questions(8, 1)
+
+    def other(found: Any) -> Any:
+        text = json.dumps(found).replace('"question": ', '"query": ').replace('"context": ', '"passage": ')
+        return json.loads(text)
+
+    flat = write_rows(tmp_path / "rows.jsonl", other(rows))
+    nested, nested_train = tmp_path / "rows.json", tmp_path / "train.json"
+    nested.write_text(json.dumps(other(squad(rows))))
+    nested_train.write_text(json.dumps(other(squad(train))))
+    plain = ok("evaluate", place / "qa", write_rows(tmp_path / "plain.jsonl", rows))
+    for data in (flat, nested):
+        assert ok("evaluate", place / "qa", data, *names)["thresher"] == plain["thresher"]
+    assert len(ok("predict", place / "qa", nested, *names)["predictions"]) == 8
+    assert ok("bench", place / "qa", flat, *names, "--batch-size", 8, "--rounds", 1)["rows"] == 8
+    assert ok("export", place / "qa", tmp_path / "graph", nested, *names)["rows"] == 8
+    fails("evaluate", place / "qa", flat, match="no context")
+    wrong = ("--column", "question=asked", "--column", "context=passage")
+    fails("evaluate", place / "qa", nested, *wrong, match="has no field 'asked'")
+    found = ok("fit", place / "base", nested_train, "--validation", nested, "--task", "qa", *names, "--method", "random",
+               "--speedup", 1.2, "--out", tmp_path / "out", *QUICK)  # fmt: skip
+    assert found["validation_rows"] == 8
+    again = ok("evaluate", tmp_path / "out", nested)
+    assert again["rows"] == ok("evaluate", tmp_path / "out", tmp_path / "plain.jsonl")["rows"] == 8
+
+
+def test_questions_about_a_passage_stay_together_by_whatever_name() -> None:
+    rows = [{"query": "w5", "passage": f"p{i // 4}", "gold": {"text": [], "answer_start": []}} for i in range(40)]
+    made = datasets.Dataset.from_list(rows)
+    kept, held = hold_out(made, 0, {"question": "query", "context": "passage", "answers": "gold"})
+    assert not set(kept["passage"]) & set(held["passage"])
+    assert len(held) == 4
+
+
+def test_a_layout_of_questions_without_the_task_is_named(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "squad.json").write_text(json.dumps(squad(questions(8))))
+    fails("fit", place / "base", tmp_path / "squad.json", "--method", "random", "--speedup", 1.2, "--out", tmp_path / "out",
+          match="holds 'data', as files of questions about passages do; say that these are such with --task qa")  # fmt: skip
+    assert not (tmp_path / "out").exists()

@@ -498,6 +498,16 @@ def test_the_directory_of_a_model_is_refused(done: Comparison) -> None:
         compared(done.best)
 
 
+@pytest.mark.parametrize("name", ["best", "start", "methods", "comparison.json"])
+def test_what_a_comparison_would_write_over_is_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("all of it")
+    with pytest.raises(OptionError, match=f"holds {name} but no run.json of a comparison.*give another directory"):
+        compared(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name / "thesis.txt").read_text() == "all of it"
+
+
 def test_damaged_files_are_named(done: Comparison, tmp_path: Path) -> None:
     directory = tmp_path / "out"
     shutil.copytree(done.directory, directory)
@@ -506,7 +516,7 @@ def test_damaged_files_are_named(done: Comparison, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"standings.json is damaged"):
         compared(directory)
     (directory / "run.json").write_text("[]")
-    with pytest.raises(DataError, match=r"run.json is damaged"):
+    with pytest.raises(DataError, match=r"run.json is damaged.*so give another directory"):
         compared(directory)
 
 
@@ -517,6 +527,8 @@ def test_damaged_files_are_named(done: Comparison, tmp_path: Path) -> None:
         ({"overrides": {"batchsize": 3}}, "no setting 'batchsize'; did you mean 'batch_size'"),
         ({"passes": 0}, "passes and evaluations"),
         ({"speedups": (0.5,)}, "speedups must be above 1"),
+        ({"trained_at": 0.5}, "trained_at, the speedup that methods train for, must be above 1, not 0.5"),
+        ({"trained_at": float("nan")}, "trained_at"),
     ],
 )
 def test_settings_out_of_range(tmp_path: Path, options: dict[str, Any], match: str) -> None:

@@ -11,7 +11,9 @@ from transformers import DistilBertConfig
 import thresher
 from helpers import build, config_of, make, tokenizer
 from thresher.errors import OptionError
+from thresher.exits import Confidence, TokEE
 from thresher.explanation import answer, explain
+from thresher.model import exit_of
 from thresher.tasks.features import DEFAULT_MAX_LENGTH
 
 TEXT = "w5 w6 w7 w8 w9 w10 w11 w12"
@@ -113,6 +115,69 @@ def test_a_sentence_transformer(minilm: str) -> None:
     assert "".join(found.tokens) == "[CLS] A film that nobody will remember. [SEP]"
     assert found.note == ""
     assert found.kept < len(found.tokens)
+
+
+def scattered(model: Any, seed: int) -> Any:
+    """Branches that say different things of different texts."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in exit_of(model).parameters():
+            parameter.normal_(0.0, 0.5, generator=generator)
+    return model
+
+
+def test_a_text_says_after_which_layer_it_left() -> None:
+    model = scattered(thresher.attach(make("bert"), READS_LESS, exit=Confidence()), 1)
+    texts = [" ".join(f"w{5 + (7 * i + 3 * k) % 50}" for k in range(4 + i)) for i in range(12)]
+    exit_of(model).mode = "record"
+    sure, alone = [], []
+    for text in texts:
+        with torch.no_grad(), thresher.tracing() as traces:
+            model(**tokenizer()([text], return_tensors="pt"))
+        sure.append(float(traces[0].branches[0].softmax(-1).max()))
+    exit_of(model).mode = "leave"
+    thresher.set_exit(model, threshold=sum(sorted(sure)[5:7]) / 2)  # half of them leave after the first layer
+    for text in texts:
+        with torch.no_grad(), thresher.tracing() as traces:
+            model(**tokenizer()([text], return_tensors="pt"))
+        alone += traces[0].exited_at
+    assert alone.count(1) == 6
+    found = explain(model, tokenizer(), texts)
+    assert [one.exited_at for one in found] == alone
+    assert [one.left_early for one in found] == [layer < 3 for layer in alone]
+    assert all(one.frozen_at is None for one in found)
+    for one in found:  # nothing drops after the row is gone
+        assert all(layer is None or layer <= one.exited_at for layer in one.dropped_at)  # type: ignore[operator]
+
+
+def test_without_an_exit_nothing_is_said_of_one() -> None:
+    (found,) = explain(thresher.attach(make("bert"), READS_LESS), tokenizer(), [TEXT])
+    assert (found.exited_at, found.frozen_at, found.left_early) == (None, None, False)
+
+
+@pytest.mark.parametrize(("threshold", "left"), [(0.0, 1), (1.0, 3)])
+def test_all_leave_at_once_and_none_leaves(threshold: float, left: int) -> None:
+    model = thresher.attach(make("bert"), exit=Confidence(threshold=threshold))
+    (found,) = explain(model, tokenizer(), [TEXT], salient="gradient-x-input")
+    assert (found.exited_at, found.kept) == (left, 10)
+    assert found.saliency_by == "gradient-x-input"
+
+
+def test_each_token_says_after_which_layer_it_froze() -> None:
+    model = thresher.attach(make("bert", "token", layers=4), exit=TokEE(threshold=0.7, window=1))
+    seen: set[int] = set()
+    for seed in range(12):
+        scattered(model, seed)
+        with torch.no_grad(), thresher.tracing(record=True) as traces:
+            model(**tokenizer()([TEXT], return_tensors="pt"))
+        (found,) = explain(model, tokenizer(), [TEXT])
+        assert found.frozen_at is not None
+        assert [layer or 0 for layer in found.frozen_at] == traces[0].frozen_at()[0].tolist()
+        assert found.exited_at == traces[0].exited_at[0]
+        if found.left_early:
+            assert found.exited_at == max(layer or 0 for layer in found.frozen_at)
+        seen |= {layer or 0 for layer in found.frozen_at}
+    assert len(seen) > 2, "tokens must freeze at different layers for this test to say anything"
 
 
 def test_a_slow_tokenizer_is_refused() -> None:

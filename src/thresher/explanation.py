@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from thresher.attribution import Method, saliency
 from thresher.errors import OptionError
+from thresher.exits import Exit, TokEEExit
 from thresher.model import attachment_of, evaluating, find_encoder
-from thresher.policy import tracing
+from thresher.policy import Trace, tracing
 from thresher.report.tokens import TokenMap, surface_tokens
 from thresher.tasks.features import DEFAULT_MAX_LENGTH
 
@@ -33,6 +34,7 @@ def explain(
     salient: Method | None = None,
 ) -> list[TokenMap]:
     """What an attached model read of each text, with its answer as the note; an answer that is a piece of the text is marked.
+    Of a model with an exit also after which layer each text left, and where tokens freeze, after which layer each did.
 
     model: a classifier, regressor, span or token model, a SentenceTransformer or a CrossEncoder, attached.
     texts: single texts, or pairs as tuples. tokenizer: the model's own, a fast one, since surface text needs offsets.
@@ -43,7 +45,7 @@ def explain(
     if not getattr(tokenizer, "is_fast", False):
         raise OptionError("Token maps need a fast tokenizer (a tokenizer.json beside the model), which knows offsets.")
     encoder = find_encoder(model)
-    layers = attachment_of(model).engine.entrance.calls
+    layers, exit = attachment_of(model).engine.entrance.calls, attachment_of(model).exit
     limit = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH) if max_length is None else max_length
     maps, read = [], []
     with evaluating(model), torch.inference_mode():
@@ -62,11 +64,23 @@ def explain(
             dropped = [layer or None for layer in traces[-1].dropped_at()[0].tolist()]
             note = answer(outputs, encoder.config, pieces, sequence_ids, threshold)
             place = _span(outputs, sequence_ids, threshold) if "start_logits" in outputs else None
-            maps.append(TokenMap(_title(sides), tuple(pieces), tuple(dropped), layers, note, place))
+            one = TokenMap(_title(sides), tuple(pieces), tuple(dropped), layers, note, place)
+            maps.append(one if exit is None else replace(one, **_early(traces[-1], exit)))
     if salient is None or not maps:
         return maps
     scores = saliency(model, dict(tokenizer.pad(read, return_tensors="pt")), salient)
-    return [dataclasses.replace(one, saliency=tuple(score.tolist())) for one, score in zip(maps, scores, strict=True)]
+    return [
+        replace(one, saliency=tuple(score.tolist()), saliency_by=salient)
+        for one, score in zip(maps, scores, strict=True)
+    ]
+
+
+def _early(trace: Trace, exit: Exit[Any]) -> dict[str, Any]:
+    """Of the one row of a pass: the layer after which it left, and where tokens freeze, those after which they did."""
+    found: dict[str, Any] = {"exited_at": trace.exited_at[0]}
+    if isinstance(exit, TokEEExit):
+        found["frozen_at"] = tuple(layer or None for layer in trace.frozen_at()[0].tolist())
+    return found
 
 
 def _title(sides: list[str]) -> str:

@@ -57,6 +57,47 @@ def test_runs_keep_every_token_and_its_layer(pairs: list[tuple[str, int | None]]
     assert not any(c in printed for c in "\x00\x07\x1b\x7f\x9b\r")
 
 
+FATES = st.lists(st.tuples(st.text(alphabet="ab \n\u200b{}[]<&«»\x1b", max_size=4), st.none() | st.integers(1, 3)))
+
+
+@given(FATES, st.booleans())
+def test_runs_are_made_of_their_tokens(fates: list[tuple[str, int | None]], frozen: bool) -> None:
+    """Each token stands once, in order, in the run of its fate; what joins a run is all that is shown of it."""
+    tokens, layers = tuple(token for token, _ in fates), tuple(layer for _, layer in fates)
+    dropped = (None,) * len(fates) if frozen else layers
+    token_map = TokenMap("t", tokens, dropped, 3, frozen_at=layers if frozen else None)
+    found = runs(token_map)
+    assert [number for run in found for _, _, number in run.parts] == list(range(len(fates)))
+    for run in found:
+        assert "".join(gap + body for gap, body, _ in run.parts) == run.body == run.body.strip()
+        assert all((run.frozen_at if frozen else run.dropped_at) == layers[number] for _, _, number in run.parts)
+
+
+def test_a_row_that_left_and_tokens_that_froze_are_told() -> None:
+    left = TokenMap("t", ("a", " b", " c"), (1, None, None), 4, exited_at=2)
+    assert left.left_early and left.remark == "2 of 3 tokens read until the row left after layer 2 of 4"
+    stayed = TokenMap("t", ("a", " b"), (None, None), 4, exited_at=4)
+    assert not stayed.left_early and stayed.remark == "2 of 2 tokens read to the end, all 4 layers; no early exit"
+    assert TokenMap("t", ("a",), (None,), 4).remark == "1 of 1 tokens read to the end"
+    frozen = TokenMap("t", ("a", " b", " c", " d"), (None,) * 4, 4, exited_at=4, frozen_at=(1, 1, None, 3))
+    assert frozen.remark.endswith("no early exit; frozen: 2 after layer 1, 1 after layer 3")
+    assert to_plain(frozen) == "{1:a b} c {3:d}"
+    assert to_terminal(frozen).plain == "a b c d"
+    styles = {to_terminal(frozen).plain[s.start : s.end]: str(s.style) for s in to_terminal(frozen).spans}
+    assert styles["c"] == "bold" and styles["a b"].endswith("italic")
+    assert legend(4, frozen=True).plain.endswith("frozen after that layer")
+
+
+def test_a_map_checks_its_exit_and_its_frozen_tokens() -> None:
+    for wrong in (0, 3):
+        with pytest.raises(ThresherError, match="leaves after a layer from 1 to 2"):
+            TokenMap("t", ("a",), (None,), layers=2, exited_at=wrong)
+        with pytest.raises(ThresherError, match="each freeze after a layer from 1 to 2"):
+            TokenMap("t", ("a",), (None,), layers=2, frozen_at=(wrong,))
+    with pytest.raises(ThresherError, match="1 tokens each freeze"):
+        TokenMap("t", ("a",), (None,), layers=2, frozen_at=(1, 1))
+
+
 def test_a_map_checks_its_layers() -> None:
     with pytest.raises(ThresherError, match="2 tokens and 1 layers"):
         TokenMap("t", ("a", "b"), (None,), layers=2)
@@ -110,6 +151,48 @@ def test_page_keeps_markup_in_tokens_inert(
     page = read_page(to_html([hostile_map, token_map], hostile))
     assert len(page.all("script")) == 1 and "alert" not in page.scripts[0]
     assert page.shown.count(hostile) >= 4
+
+
+def test_page_shows_what_matters(hostile: str, read_page: Callable[[str], Any]) -> None:
+    """A bar for each token, as high as its share of the largest; the largest in a table; a key; and nothing is obeyed."""
+    tokens = (hostile, " and", " more", "  ")
+    token_map = TokenMap("t", tokens, (None, 2, None, None), 2, saliency=(0.5, 0.125, 0.375, 0.0), saliency_by=hostile)
+    page = read_page(to_html([token_map], "t"))
+    bars = [a for a in page.all("span") if a.get("class") == "token"]
+    assert [a["style"] for a in bars] == ["--s:1.00", "--s:0.25", "--s:0.75"]
+    assert [a["title"] for a in bars] == [
+        "50.0% of what matters", "12.5% of what matters, dropped at layer 2", "37.5% of what matters",
+    ]  # fmt: skip
+    assert f"The bar below a word is what it matters, by {hostile}:" in page.shown
+    assert f"{hostile} and more" in page.shown
+    table = page.shown[page.shown.index("dropped at layer") :]
+    assert table.index("50.0%") < table.index("37.5%") < table.index("12.5%")
+    assert len(page.all("script")) == 1 and "alert" not in page.scripts[0]
+
+
+def test_page_without_a_saliency_has_no_bars(token_map: TokenMap, read_page: Callable[[str], Any]) -> None:
+    page = read_page(to_html([token_map], "t"))
+    assert "The bar below" not in page.shown
+    assert not [a for a in page.all("span") if a.get("class") == "token"]
+    assert page.all("table") == []
+
+
+def test_page_with_a_saliency_of_nothing(read_page: Callable[[str], Any]) -> None:
+    page = read_page(to_html([TokenMap("t", ("a",), (None,), 1, saliency=(0.0,), saliency_by="attention")], "t"))
+    assert [a["style"] for a in page.all("span") if a.get("class") == "token"] == ["--s:0.00"]
+
+
+def test_page_shows_where_a_row_left_and_tokens_froze(read_page: Callable[[str], Any]) -> None:
+    left = TokenMap("t", ("a", " b", " c"), (1, None, None), 4, exited_at=2)
+    frozen = TokenMap("u", ("d", " e"), (None, None), 4, exited_at=4, frozen_at=(None, 3))
+    page = read_page(to_html([left, frozen], "t"))
+    assert [a.get("data-left") for a in page.all("article")] == ["2", None]
+    assert "until the row left after layer 2 of 4" in page.shown
+    assert "frozen: its answer was settled, other words read it on" in page.shown
+    runs_shown = [a for a in page.all("span") if "data-count" in a]
+    assert [a["style"] for a in runs_shown] == ["--a:0.00", "--a:0.50", "--a:1.00", "--a:0.75"]
+    assert [a.get("data-frozen") for a in runs_shown] == [None, None, None, "3"]
+    assert [a["class"] for a in runs_shown] == ["run", "run kept", "run kept", "run frozen"]
 
 
 def test_page_without_maps_has_no_slider(read_page: Callable[[str], Any]) -> None:

@@ -247,3 +247,14 @@ def test_limit_and_seed(tmp_path: Path) -> None:
     assert shuffled != load_dialogues(path, seed=2, limit=10)["context"][:]
     with pytest.raises(OptionError, match="at least 1, not 0"):
         load_dialogues(path, limit=0)
+
+
+def test_columns_by_another_name(tmp_path: Path) -> None:
+    row = {"turns": ["hi", "who?"], "options": ["me", "you"], "right": 1}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    names = {"context": "turns", "candidates": "options", "label": "right"}
+    wanted = [{"context": ["hi", "who?"], "candidates": ["me", "you"], "labels": [0, 1]}]
+    assert load_dialogues(tmp_path / "a.jsonl", columns=names).to_list() == wanted
+    assert load_dialogues(tmp_path / "a.jsonl", usual=names).to_list() == wanted
+    with pytest.raises(DataError, match="There is no column 'talk'"):
+        load_dialogues(tmp_path / "a.jsonl", columns={"context": "talk"})

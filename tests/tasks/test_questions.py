@@ -375,3 +375,72 @@ def test_a_file_that_is_cut_short_is_never_a_bad_row(tmp_path: Path) -> None:
         load_questions(file, skip_bad=True)
     with pytest.raises(DataError, match="no file or directory"):
         load_questions(tmp_path / "nothing.jsonl")
+
+
+# --- fields by another name ---------------------------------------------------------------------------------------------
+
+OTHER = {"question": "query", "context": "passage", "answers": "gold", "id": "nr"}
+
+
+def renamed(found: Any, names: dict[str, str]) -> Any:
+    """The same nested lists and objects with the fields called otherwise."""
+    if isinstance(found, list):
+        return [renamed(one, names) for one in found]
+    if isinstance(found, dict):
+        return {names.get(name, name): renamed(value, names) for name, value in found.items()}
+    return found
+
+
+def mrqa(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    made: list[dict[str, Any]] = [{"header": {"dataset": "made up"}}]
+    for row in rows:
+        pairs = zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
+        spans = [{"text": text, "char_spans": [[start, start + len(text) - 1]]} for text, start in pairs]
+        qa = {"qid": row["id"], "question": row["question"], "detected_answers": spans, "answers": []}
+        made.append({"context": row["context"], "qas": [qa]})
+    return made
+
+
+@pytest.mark.parametrize("usual", [False, True])
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("a.jsonl", lambda: lines(renamed(ROWS, OTHER))),
+        ("a.json", lambda: json.dumps(renamed(ROWS, OTHER))),
+        ("squad.json", lambda: json.dumps(renamed(squad(ROWS), OTHER))),
+        ("squad2.json", lambda: json.dumps(renamed(squad(ROWS, two=True), OTHER))),
+    ],
+)
+def test_fields_by_another_name_in_every_layout(tmp_path: Path, name: str, made: Any, usual: bool) -> None:
+    (tmp_path / name).write_text(made())
+    with pytest.raises(DataError):
+        load_questions(tmp_path / name)
+    found = load_questions(tmp_path / name, **{"usual" if usual else "columns": OTHER})
+    assert found.to_list() == WANTED
+
+
+def test_fields_by_another_name_in_mrqa_and_in_a_table(tmp_path: Path) -> None:
+    names = {"question": "query", "context": "passage"}
+    (tmp_path / "m.jsonl").write_text(lines(renamed(mrqa(ROWS), names)))
+    assert load_questions(tmp_path / "m.jsonl", columns=names)["question"][:] == [row["question"] for row in WANTED]
+    datasets.Dataset.from_list(renamed(ROWS, OTHER)).to_parquet(tmp_path / "a.parquet")
+    assert load_questions(tmp_path / "a.parquet", columns=OTHER).to_list() == WANTED
+
+
+def test_usual_names_hold_only_where_they_are_there(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(lines(ROWS))
+    assert load_questions(tmp_path / "a.jsonl", usual=OTHER).to_list() == WANTED
+    swapped = [row | {"question": row["id"], "id": row["question"], "query": "not this"} for row in ROWS]
+    (tmp_path / "b.jsonl").write_text(lines(swapped))
+    columns = {"question": "id", "id": "question"}
+    assert load_questions(tmp_path / "b.jsonl", columns=columns, usual=OTHER).to_list() == WANTED
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.jsonl", lines(ROWS)), ("squad.json", json.dumps(squad(ROWS))), ("m.jsonl", lines(mrqa(ROWS)))],
+)
+def test_a_field_that_is_not_there_is_named(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=r"has no field 'query' \(there are .*question.*\)\.$"):
+        load_questions(tmp_path / name, columns={"question": "query"})

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import RenderableType
 
+from thresher.cli.gains import slower
 from thresher.cli.options import (
     DATA,
     OUTPUT,
@@ -19,6 +20,7 @@ from thresher.cli.options import (
     Column,
     DataSource,
     Device,
+    ExitSetting,
     Json,
     MaxLength,
     Seed,
@@ -49,6 +51,7 @@ def bench(
     data: DataSource,
     speedup: AtSpeedup = None,
     tau: AtThreshold = None,
+    exit_settings: ExitSetting = None,
     batch_size: Annotated[
         str | None,
         typer.Option(
@@ -91,13 +94,12 @@ def bench(
     sizes = _sizes(batch_size or SIZES)
     columns = assignments(column, "--column")
 
-    from thresher.cli.data import read_rows
     from thresher.cli.graphs import OpenedGraph, in_windows, open_to_answer
 
-    opened = open_to_answer(directory, device, batch_size=batch_size, workers=workers, speedup=speedup, tau=tau)
+    how = {"speedup": speedup, "tau": tau, "exit_settings": exit_settings}
+    opened = open_to_answer(directory, device, batch_size=batch_size, workers=workers, **how)  # type: ignore[arg-type]
     opened = in_windows(opened, windows)
-    kind = opened.work.kind
-    rows = read_rows(data, split="test", limit=limit, seed=seed, kind=kind, labelled=False, skip_bad=skip_bad)
+    rows = opened.work.read(data, columns, limit=limit, seed=seed, labelled=False, skip_bad=skip_bad)
     about = {"directory": directory, "data": data, "rows": len(rows), "rounds": rounds}
     if isinstance(opened, OpenedGraph):
         if profile:
@@ -164,7 +166,17 @@ def _of_model(
     }
     if stages:
         found["profile"] = [{"batch_size": size, "seconds": asdict(times)} for size, times in stages]
-    return Result(found, [*_shown(comparisons, about), *(_stage_table(size, times) for size, times in stages)])
+    shown = _shown(comparisons, about)
+    measured = {one.batch_size: one.measured.median for one in comparisons} if _reads_less(opened) else {}
+    if (remark := slower(about["directory"], first.tokens_per_row, first.flops, measured)) is not None:
+        shown.append(remark)
+    return Result(found, [*shown, *(_stage_table(size, times) for size, times in stages)])
+
+
+def _reads_less(opened: Opened) -> bool:
+    from thresher.model import attachment_of
+
+    return opened.has_policy or attachment_of(opened.model).exit is not None
 
 
 def _shown(comparisons: Sequence[Comparison], about: dict[str, Any]) -> list[RenderableType]:
@@ -282,7 +294,10 @@ def _of_graphs(
     with progress("timing", 2 * (about["rounds"] + 1)) as done:
         served = list(serve(models, rounds=about["rounds"], on_round=lambda _: done(1)).values())
     found = {**about, **_served_record(graphs[0], served[0])}
-    shown = [_served_table(graphs, served, about)]
+    shown: list[RenderableType] = [_served_table(graphs, served, about)]
+    for graph, one in zip(graphs, served, strict=True):
+        if (remark := slower(graph.runner.path, one.tokens_per_row, one.flops, graph=True)) is not None:
+            shown.append(remark)
     if len(graphs) > 1:
         gained = gain(served[1], served[0])
         found["against"] = {"directory": str(graphs[1].runner.path), **_served_record(graphs[1], served[1])}
@@ -297,6 +312,7 @@ def _served_record(graph: OpenedGraph, one: Served) -> dict[str, Any]:
         "runtime": manifest.runtime,
         "int8": manifest.int8,
         "method": manifest.method,
+        "exit": manifest.exit,
         "tokens_per_row": one.tokens_per_row,
         "workers": one.workers,
         "flops": one.flops,

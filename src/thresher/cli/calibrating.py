@@ -75,7 +75,6 @@ def calibrate(
 
     import thresher
     from thresher.calibration import calibrate as search
-    from thresher.cli.data import read_rows
     from thresher.cli.graphs import in_windows
     from thresher.cli.models import open_model
     from thresher.cli.work import Truth
@@ -96,7 +95,7 @@ def calibrate(
     target = out or Path(directory)
     directory_to_write(target)
     columns = assignments(column, "--column")
-    rows = read_rows(data, split="test", limit=limit, seed=seed, kind=opened.work.kind, skip_bad=skip_bad)
+    rows = opened.work.read(data, columns, limit=limit, seed=seed, skip_bad=skip_bad)
     work = work.settled(rows, columns)
     attachment_of(opened.model).notes["task"] = work.notes()
     encoded = opened.encode(rows, columns, max_length=max_length)

@@ -37,7 +37,7 @@ from thresher.cli.options import (
     stage_overrides,
 )
 from thresher.cli.screen import Interrupted, Result, command, notice, progress_bar
-from thresher.errors import OptionError
+from thresher.errors import DataError, OptionError
 from thresher.report.console import seconds, table
 
 if TYPE_CHECKING:
@@ -163,6 +163,9 @@ def compare(
     [bold]thresher compare minilm imdb:train --test imdb:test --passes 5000 --speedup 3 --out compared[/]
     """
     one_target(speedup, max_loss, required=False)
+    for name, given, needed in (("validation", validation, validation_limit), ("test", test, test_limit)):
+        if needed is not None and given is None:
+            raise OptionError(f"--{name}-limit is of the rows of --{name}; give that too, or leave it out.")
     levels = _numbers(speedups, "--speedups")
     names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
     columns = assignments(column, "--column")
@@ -170,7 +173,7 @@ def compare(
     place = place_of(device)
     begun = time.monotonic()
 
-    from thresher.cli.fitting import _kind
+    from thresher.cli.data import kind_asked
     from thresher.cli.models import open_start
     from thresher.comparing import Clock
     from thresher.comparing import compare as contest
@@ -178,8 +181,8 @@ def compare(
 
     contestants(names)  # rather now than after the model
     directory_to_write(out)
-    kind = _kind(task, data)
-    rows, parts = _rows(data, validation, test, (limit, validation_limit, test_limit), seed, kind)
+    kind = kind_asked(task, data)
+    rows, parts = _rows(data, validation, test, (limit, validation_limit, test_limit), seed, kind, columns)
     start, new_head = open_start(
         model, rows, place, kind=kind, metric=metric, columns=columns, max_length=max_length, seed=seed
     )
@@ -187,6 +190,10 @@ def compare(
     if fine_tune and not labels:
         raise OptionError("--fine-tune is for classification and regression; embeddings learn from the model itself.")
     encoded = start.encode(rows, columns, labels=labels, training=True)
+    if start.work.kind == "classification" and len(set(encoded.rows["labels"])) < 2:
+        raise DataError(
+            f"Every row of {data} has the same label, so nothing can be learned or lost; give two classes or more."
+        )
     chosen, judged = (_part(start, start.encode(part, columns, labels=labels), name) for name, part in parts)
     with _resumable(out), progress_bar(percent=True) as bar:
         shown = bar.add_task("comparing", total=1.0)
@@ -242,22 +249,19 @@ def _rows(
     test: str | None,
     limits: tuple[int | None, int | None, int | None],
     seed: int,
-    kind: Kind | None,
+    kind: str | None,
+    columns: dict[str, str],
 ) -> tuple[datasets.Dataset, list[tuple[str, datasets.Dataset]]]:
     """The rows to train on; and by name those that settings are chosen on, and those that they are judged by."""
-    from thresher.cli.data import hold_out, holds_questions, read_rows
+    from thresher.cli.data import passages, read_rows, training_rows
     from thresher.comparing.judging import halves
 
-    rows = read_rows(data, split="train", limit=limits[0], seed=seed, kind=kind)
-    if validation is None:
-        rows, held_out = hold_out(rows, seed)
-        name = f"the held-out rows of {data}"
-    else:
-        held_out, name = read_rows(validation, split="test", limit=limits[1], seed=seed, kind=kind), validation
+    rows, held_out = training_rows(data, validation, limits[:2], seed, kind, columns)
+    name = validation or f"the held-out rows of {data}"
     if test is not None:
-        return rows, [(name, held_out), (test, read_rows(test, split="test", limit=limits[2], seed=seed, kind=kind))]
-    units = held_out["context"][:] if holds_questions(held_out) else range(len(held_out))
-    chosen, judged = halves(list(units), seed)
+        judged_by = read_rows(test, split="test", limit=limits[2], seed=seed, kind=kind, columns=columns)
+        return rows, [(name, held_out), (test, judged_by)]
+    chosen, judged = halves(passages(held_out, columns) or range(len(held_out)), seed)
     return rows, [
         (f"one half of {name}", held_out.select(chosen)),
         (f"the other half of {name}", held_out.select(judged)),

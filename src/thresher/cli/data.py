@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -17,6 +18,8 @@ from thresher.tasks.dialogues import load_dialogues
 from thresher.tasks.questions import load_questions, questions
 
 HELD_OUT = 0.1
+NAMED = ("qa", "response")  # tasks whose rows are named as they are read
+NESTED = {"data", "paragraphs", "qas"}  # of SQuAD's and MRQA's layouts
 
 
 def source_and_split(spec: str) -> tuple[str, str | None]:
@@ -34,29 +37,38 @@ def read_rows(
     limit: int | None = None,
     seed: int = 0,
     kind: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    usual: Mapping[str, str] | None = None,
     labelled: bool = True,
     skip_bad: bool = False,
 ) -> datasets.Dataset:
     """The rows of `spec`; a limit draws them with `seed`. split: for the built-in corpus, when `spec` names none. kind: the
     task, where that is known: dialogues and questions have file formats of their own, and dialogues labels unless not
-    `labelled`. skip_bad: leave out bad questions, each of them named in a notice, and their number in a last one.
+    `labelled`. columns, usual: what fields of those two are called, see `load_questions`; other rows keep their names.
+    skip_bad: leave out bad questions, each of them named in a notice, and their number in a last one.
 
-    Raises OptionError when `skip_bad` is asked of rows that are no questions about passages.
+    Raises OptionError when `skip_bad` is asked of rows that are no questions about passages, and for questions in a layout of
+    theirs where the task is not known.
     """
     name, named = source_and_split(spec)
     if name == corpus.NAME and named is None:
         named = split
         notice(f"{corpus.NAME} without a split: taking {named}")
     drawn = {"split": named, "limit": limit, "seed": None if limit is None else seed}
+    naming = {"columns": columns, "usual": usual}
     if skip_bad and kind not in (None, "qa"):
         raise OptionError(f"--skip-bad is for questions about passages (qa); this is {kind}.")
     if kind == "response":
-        return load_dialogues(name, **drawn, labelled=labelled)  # type: ignore[arg-type]
+        return load_dialogues(name, **drawn, **naming, labelled=labelled)  # type: ignore[arg-type]
     known = None if labelled else False
     if kind == "qa":
         with _skipping() as on_bad:
-            return load_questions(name, **drawn, labelled=known, skip_bad=skip_bad, on_bad=on_bad)  # type: ignore[arg-type]
+            return load_questions(name, **drawn, **naming, labelled=known, skip_bad=skip_bad, on_bad=on_bad)  # type: ignore[arg-type]
     rows = load_rows(name, **drawn)  # type: ignore[arg-type]
+    if kind is None and (layout := NESTED & {*rows.column_names}):
+        raise OptionError(
+            f"{name} holds '{layout.pop()}', as files of questions about passages do; say that these are such with --task qa."
+        )
     if not skip_bad:
         return rows
     if not holds_questions(rows):
@@ -98,24 +110,56 @@ def holds_tags(rows: datasets.Dataset) -> bool:
     return "tokens" in there and bool({"tags", "ner_tags"} & there)
 
 
-def hold_out(rows: datasets.Dataset, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+def kind_asked(task: str | None, data: str) -> str | None:
+    """The task that was asked for; the built-in corpus has but one."""
+    return "embedding" if task is None and source_and_split(data)[0] == corpus.NAME else task
+
+
+def training_rows(
+    data: str,
+    validation: str | None,
+    limits: tuple[int | None, int | None],
+    seed: int,
+    kind: str | None,
+    columns: Mapping[str, str],
+    *,
+    skip_bad: bool = False,
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The rows to train on, and those that a target is met on: of `validation`, or held out. limits: of the two."""
+    how: dict[str, Any] = {"seed": seed, "kind": kind, "columns": columns, "skip_bad": skip_bad}
+    rows = read_rows(data, split="train", limit=limits[0], **how)
+    if validation is None:
+        return hold_out(rows, seed, columns)
+    return rows, read_rows(validation, split="test", limit=limits[1], **how)
+
+
+def passages(rows: datasets.Dataset, columns: Mapping[str, str]) -> list[str] | None:
+    """Of each row the passage that it asks about; None where rows are no questions. columns: names they may yet have to get."""
+    if not {"question", "context", "answers"} <= {*rows.column_names, *columns}:
+        return None
+    name = columns.get("context", "context")
+    return list(rows[name if name in rows.column_names else "context"])
+
+
+def hold_out(
+    rows: datasets.Dataset, seed: int, columns: Mapping[str, str] | None = None
+) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Training rows, and the tenth of them that is kept back; of questions about passages, those about a tenth of these, more
     or less: who learned from a passage would know it."""
     if len(rows) < 2:
         raise DataError("One row cannot be divided into training and validation rows; give --validation FILE.")
     count = max(1, round(len(rows) * HELD_OUT))
     order = np.random.default_rng(seed).permutation(len(rows))
-    if holds_questions(rows):
-        order, count = _by_passage(rows["context"], order, count)
+    if (texts := passages(rows, columns or {})) is not None:
+        order, count = _by_passage(texts, order, count)
     notice(f"No --validation: {count:,} of the {len(rows):,} rows are held out (seed {seed})")
     return rows.select(sorted(order[count:])), rows.select(sorted(order[:count]))
 
 
-def _by_passage(contexts: Iterable[str], order: np.ndarray, count: int) -> tuple[np.ndarray, int]:
+def _by_passage(texts: Sequence[str], order: np.ndarray, count: int) -> tuple[np.ndarray, int]:
     """The same order, but with all questions about a passage where the first of them stands; and how many of the first ones
     are at least `count` of them about whole passages, and leave some."""
     rows: dict[str, list[int]] = {}
-    texts = list(contexts)
     for number in order.tolist():
         rows.setdefault(texts[number], []).append(number)
     if len(rows) < 2:

@@ -106,13 +106,12 @@ def _rows(
     skip_bad: bool,
 ) -> list[Row] | None:
     """Token ids of the rows of `data`. What the model is for goes into its notes, which the graph will carry."""
-    from thresher.cli.data import read_rows
     from thresher.cli.graphs import feeds
     from thresher.model import attachment_of
 
     work, rows = opened.work, None
     if data is not None:
-        given = read_rows(data, split="test", limit=limit, seed=seed, kind=work.kind, labelled=False, skip_bad=skip_bad)
+        given = work.read(data, columns, limit=limit, seed=seed, labelled=False, skip_bad=skip_bad)
         work = work.settled(given, columns)
         texts = work.unlabelled(work.named(given, columns))
         rows = feeds(work.encode(texts, opened.tokenizer, opened.limit(max_length), labels=False).rows)

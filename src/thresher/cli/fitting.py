@@ -49,7 +49,6 @@ from thresher.errors import OptionError
 from thresher.report.console import count, seconds
 
 if TYPE_CHECKING:
-    import datasets
     import numpy as np
 
     from thresher.cli.models import Opened
@@ -161,11 +160,13 @@ def fit(
     place = place_of(device)
     begun = time.monotonic()
 
+    from thresher.cli.data import kind_asked, training_rows
     from thresher.cli.graphs import in_windows
     from thresher.cli.models import open_start
 
-    kind = _kind(task, data)
-    rows, held_out = _rows(data, validation, limit, validation_limit, seed, kind, skip_bad)
+    kind = kind_asked(task, data)
+    limits = (limit, validation_limit)
+    rows, held_out = training_rows(data, validation, limits, seed, kind, columns, skip_bad=skip_bad)
     start, new_head = open_start(
         model,
         rows,
@@ -250,33 +251,6 @@ class Lessons:
     labels: bool
     fine_tune: bool
     stages: dict[str, Any]
-
-
-def _rows(
-    data: str,
-    validation: str | None,
-    limit: int | None,
-    validation_limit: int | None,
-    seed: int,
-    kind: Kind | None,
-    skip_bad: bool,
-) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """The rows to train on, and those that the target is met on."""
-    from thresher.cli.data import hold_out, read_rows
-
-    rows = read_rows(data, split="train", limit=limit, seed=seed, kind=kind, skip_bad=skip_bad)
-    if validation is None:
-        return hold_out(rows, seed)
-    checked = read_rows(validation, split="test", limit=validation_limit, seed=seed, kind=kind, skip_bad=skip_bad)
-    return rows, checked
-
-
-def _kind(task: Kind | None, data: str) -> Kind | None:
-    """The task that was asked for; the built-in corpus has but one."""
-    from thresher.cli.data import source_and_split
-    from thresher.tasks import corpus
-
-    return "embedding" if task is None and source_and_split(data)[0] == corpus.NAME else task
 
 
 def _lessons(kind: str, new_head: bool, fine_tune: bool | None, no_labels: bool, overrides: dict[str, Any]) -> Lessons:

@@ -36,6 +36,42 @@ def points_rows(before: dict[str, float], after: dict[str, float]) -> list[tuple
     ]
 
 
+def slower(
+    directory: object,
+    tokens: float,
+    flops: float,
+    measured: Mapping[int, float] | None = None,
+    *,
+    graph: bool = False,
+) -> str | None:
+    """What to do where nothing is gained; None where something is.
+
+    tokens: of a row, on average. flops: the FLOPs speedup. measured: the speedup in seconds by batch size; none of a model that
+    nothing drops tokens or leaves early in, which has nothing to be faster by. graph: whether it is exported.
+    """
+    further = f"raise the target (thresher calibrate {directory} DATA with a higher --speedup)"
+    if graph:
+        further = "raise the target of the saved model (thresher calibrate with a higher --speedup) and export it again"
+    if _below_one(flops):
+        return (
+            f"This spends more FLOPs than the model before ({ratio(flops)}): on rows of {tokens:.0f} tokens the method's own "
+            f"work outweighs what it saves, so {further}, or give it longer rows."
+        )
+    lost = {size: value for size, value in (measured or {}).items() if _below_one(value)}
+    if not lost:
+        return None
+    sizes = ", ".join(f"{ratio(value)} at batch {size}" for size, value in lost.items())
+    return (
+        f"This is slower here than the model before ({sizes}): on rows of {tokens:.0f} tokens a FLOPs speedup of "
+        f"{ratio(flops)} does not pay for what dropping itself takes, so {further}, or give it longer rows or larger batches."
+    )
+
+
+def _below_one(speedup: float) -> bool:
+    """As it is shown: 0.996 is 1.00x."""
+    return round(speedup, 2) < 1.0
+
+
 def checked_rows(checked: Mapping[str, float], *, classes: bool) -> list[tuple[str, str]]:
     """How far an exported graph was found from the torch engine. classes: whether answers have a largest place to agree on."""
     rows = [("difference in float32", f"{checked['difference']:.1e}"), ("rows with ties", percent(checked["ties"]))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,13 +12,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from thresher.cli.models import Opened, open_model, real_names
-from thresher.cli.options import place_of
+from thresher.cli.options import assignments, convert, field_types, place_of
 from thresher.cli.work import EmbeddingWork, TextWork, Work
 from thresher.errors import OptionError
 from thresher.exported.directory import MANIFEST, TOKENIZER, Manifest, is_exported
 from thresher.exported.runner import Row, Runner
 from thresher.measure.run import MODEL_INPUTS, Run
-from thresher.model import exit_of, set_exit
+from thresher.model import attachment_of, set_exit
 
 
 @dataclass(frozen=True)
@@ -78,38 +78,55 @@ def open_to_answer(
     workers: int | None = None,
     speedup: float | None = None,
     tau: float | None = None,
+    exit_settings: Sequence[str] | None = None,
 ) -> Opened | OpenedGraph:
     """A model on `device` (auto, cpu, cuda) or an exported directory. Raises OptionError for options of the other one.
 
-    speedup: the point of the model's frontier to run at. tau: the threshold of its exit.
+    speedup: the point of the model's frontier to run at. tau: the threshold of its exit. exit_settings: those of its exit, as
+    `--set-exit` gives them.
     """
     if not is_exported(Path(name).expanduser()):
         if workers is not None:
             raise OptionError("--workers is for an exported directory; a model uses every core by itself.")
-        opened = open_model(name, place_of(device), speedup=speedup)
-        if tau is not None:
-            _leave_by(opened.model, tau)
-        return opened
+        return leaving_by(open_model(name, place_of(device), speedup=speedup), name, tau, exit_settings)
     if batch_size is not None:
         raise OptionError(f"{name} is an exported graph, which runs one row at a time; leave --batch-size out.")
     if device == "cuda":
         raise OptionError(f"{name} is an exported graph, which runs on the CPU; leave --device out.")
     if speedup is not None:
         raise OptionError(f"{name} is an exported graph, which runs as it was exported; leave --speedup out.")
-    if tau is not None:
-        raise OptionError(f"{name} is an exported graph, which has no exit; leave --tau out.")
+    if tau is not None or exit_settings:
+        raise OptionError(
+            f"{name} is an exported graph, which runs as it was exported; leave --tau and --set-exit out."
+        )
     return open_graph(name, workers)
 
 
-def _leave_by(model: Any, tau: float) -> None:
-    """Set the threshold of the model's exit. Raises OptionError for a model without an exit, and an exit without one."""
-    exit = exit_of(model)
-    if "threshold" not in exit.config.at_run_time:
+def leaving_by(opened: Opened, name: str, tau: float | None, settings: Sequence[str] | None) -> Opened:
+    """The same with its exit set: its threshold to `tau`, and what `settings` (NAME=VALUE) says.
+
+    Raises OptionError for a model without an exit, and for an exit that is not set by these.
+    """
+    if tau is None and not settings:
+        return opened
+    exit = attachment_of(opened.model).exit
+    if exit is None:
         raise OptionError(
-            f"--tau is a threshold, and the exit {exit.config.method!r} has none (it has patience); set how early rows leave "
-            "with thresher calibrate."
+            f"{name} has no exit that --tau or --set-exit could set; leave them out, or train one with thresher fit --exit."
         )
-    set_exit(model, threshold=tau)
+    known = exit.config.at_run_time
+    if tau is not None and "threshold" not in known:
+        raise OptionError(
+            f"--tau is a threshold, and the exit {exit.config.method!r} has none (it has {known[0]}); set that with "
+            "--set-exit, or how early rows leave with thresher calibrate."
+        )
+    given = assignments(settings, "--set-exit")
+    if tau is not None and "threshold" in given:
+        raise OptionError("Give the threshold once, as --tau or as --set-exit threshold.")
+    hints = field_types(type(exit.config))
+    found = {key: convert(key, text, hints.get(key, float)) for key, text in given.items()}
+    set_exit(opened.model, **found, **({} if tau is None else {"threshold": tau}))
+    return opened
 
 
 def open_graph(name: str, workers: int | None = None) -> OpenedGraph:

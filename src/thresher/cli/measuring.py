@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from thresher.cli.gains import STOCK_IS, checked_rows, gains_table
+from thresher.cli.gains import STOCK_IS, checked_rows, gains_table, slower
 from thresher.cli.options import (
     DATA,
     AnsweringDirectory,
@@ -17,6 +17,7 @@ from thresher.cli.options import (
     Column,
     DataSource,
     Device,
+    ExitSetting,
     Json,
     Limit,
     MaxLength,
@@ -42,6 +43,7 @@ def evaluate(
     data: DataSource,
     speedup: AtSpeedup = None,
     tau: AtThreshold = None,
+    exit_settings: ExitSetting = None,
     column: Column = None,
     max_length: MaxLength = None,
     windows: Windows = None,
@@ -77,8 +79,9 @@ def evaluate(
 
     columns = assignments(column, "--column")
     if holds_scorer(directory):
-        refused = {"--speedup": speedup, "--tau": tau, "--max-length": max_length, "--windows": windows,
-                   "--skip-bad": skip_bad or None, "--batch-size": batch_size, "--workers": workers}  # fmt: skip
+        refused = {"--speedup": speedup, "--tau": tau, "--set-exit": exit_settings or None, "--max-length": max_length,
+                   "--windows": windows, "--skip-bad": skip_bad or None, "--batch-size": batch_size,
+                   "--workers": workers}  # fmt: skip
         drawn = {"limit": limit, "seed": seed}
         return evaluate_scorer(directory, data, columns, candidates, store, drawn, device, refused)
     if candidates is not None or store is not None:
@@ -87,7 +90,8 @@ def evaluate(
     from thresher.cli.graphs import OpenedGraph, in_windows, open_to_answer
     from thresher.cli.scoring import set_exam
 
-    opened = open_to_answer(directory, device, batch_size=batch_size, workers=workers, speedup=speedup, tau=tau)
+    how = {"speedup": speedup, "tau": tau, "exit_settings": exit_settings}
+    opened = open_to_answer(directory, device, batch_size=batch_size, workers=workers, **how)  # type: ignore[arg-type]
     opened = in_windows(opened, windows)
     exam = set_exam(opened, data, columns, limit=limit, seed=seed, max_length=max_length, skip_bad=skip_bad)
     about = {"directory": directory, "data": data, "rows": len(exam.rows)}
@@ -104,7 +108,15 @@ def _of_model(opened: Opened, exam: Exam, batch_size: int | None, about: dict[st
         stock = run_packed(opened.model, exam.rows, batch_size=batch_size, on_batch=done).predictions
         after = opened.answer(exam.rows, batch_size=batch_size, on_done=done)
     found = exam.gains(stock, after.predictions)
-    return Result({**about, "speedup": after.speedup, **found}, [gains_table(title, found, after.speedup), STOCK_IS])
+    shown = [gains_table(title, found, after.speedup), STOCK_IS]
+    if (remark := slower(about["directory"], _tokens(exam), after.speedup)) is not None:
+        shown.append(remark)
+    return Result({**about, "speedup": after.speedup, **found}, shown)
+
+
+def _tokens(exam: Exam) -> float:
+    """Of a row, on average."""
+    return sum(map(len, exam.rows["input_ids"])) / len(exam.rows)
 
 
 def _of_graph(opened: OpenedGraph, exam: Exam, about: dict[str, object], title: str) -> Result:
@@ -118,6 +130,7 @@ def _of_graph(opened: OpenedGraph, exam: Exam, about: dict[str, object], title: 
             "Without labels there is nothing to score an exported graph by; evaluate the saved model for its agreement"
         )
     rows = [(name, f"{value:.4f}") for name, value in scores.items()]
+    remark = slower(about["directory"], _tokens(exam), after.speedup, graph=True)
     return Result(
         {
             **about,
@@ -139,5 +152,6 @@ def _of_graph(opened: OpenedGraph, exam: Exam, about: dict[str, object], title: 
                 ("", "found"),
                 checked_rows(manifest.checked, classes=exam.work.kind == "classification"),
             ),
+            *([] if remark is None else [remark]),
         ],
     )

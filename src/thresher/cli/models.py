@@ -26,7 +26,7 @@ import thresher
 from thresher import checkpoint
 from thresher.backbones import FAMILIES
 from thresher.checkpoint import SETTINGS
-from thresher.cli.data import holds_dialogues, holds_questions, holds_tags
+from thresher.cli.data import NAMED, holds_dialogues, holds_questions, holds_tags
 from thresher.cli.question_work import QuestionWork, no_answer
 from thresher.cli.screen import notice
 from thresher.cli.tagging_work import TaggingWork, tags_of_head, tags_to_learn
@@ -161,7 +161,7 @@ def open_start(
 ) -> tuple[Opened, bool]:
     """The model to train on `rows`, packed, on `device`; and whether its head is new, and so has to be fine-tuned first."""
     path = find(name)
-    rows = Work().named(rows, columns)
+    rows = rows if kind in NAMED else Work().named(rows, columns)
     set_seed(seed)
     if kind == "embedding":
         if metric not in (None, "cosine"):

@@ -140,7 +140,7 @@ ExitSetting = Annotated[
         rich_help_panel=METHOD,
     ),
 ]
-Seed = Annotated[int, typer.Option(help="For every random choice.", rich_help_panel=DATA)]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="For every random choice.", rich_help_panel=DATA)]
 BatchSize = Annotated[
     int | None,
     typer.Option(

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from thresher.cli.data import read_rows, source_and_split
+from thresher.cli.data import source_and_split
 from thresher.cli.gains import gains
 from thresher.cli.graphs import OpenedGraph
 from thresher.cli.models import Opened
@@ -58,7 +58,7 @@ def set_exam(
 ) -> Exam:
     """The rows of `data` for what the model is for. Raises OptionError for a model whose answers no command can score."""
     work = opened.text_work()
-    rows = read_rows(data, split="test", limit=limit, seed=seed, kind=work.kind, skip_bad=skip_bad)
+    rows = work.read(data, columns, limit=limit, seed=seed, skip_bad=skip_bad)
     work = work.settled(rows, columns)
     rows = work.named(rows, columns)
     retrieval = None

@@ -58,9 +58,9 @@ class TokenMapView:
         coloured = console.is_terminal and not console.no_color and console.color_system is not None
         yield to_terminal(self.map) if coloured else Text(to_plain(self.map))
         answer = f"{self.map.note}; " if self.map.note else ""
-        yield Text(f"{answer}{self.map.kept} of {len(self.map.tokens)} tokens read to the end", style="dim")
+        yield Text(answer + self.map.remark, style="dim")
         if coloured:
-            yield legend(self.map.layers, answer=self.map.answer is not None)
+            yield legend(self.map.layers, answer=self.map.answer is not None, frozen=self.map.frozen_at is not None)
         yield Text("")
 
 

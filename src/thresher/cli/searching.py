@@ -99,14 +99,13 @@ def search(
         _chart_to_write(chart)
     place = place_of(device)
 
-    from thresher.cli.data import read_rows
     from thresher.cli.work import Truth
     from thresher.measure.run import run_packed
     from thresher.model import attachment_of, policy_of
     from thresher.searching import search as find
 
     opened = _opened(directory, place, config)
-    rows = read_rows(data, split="test", limit=limit, seed=seed, kind=opened.work.kind, skip_bad=skip_bad)
+    rows = opened.work.read(data, columns, limit=limit, seed=seed, skip_bad=skip_bad)
     work = opened.text_work().settled(rows, columns)
     attachment_of(opened.model).notes["task"] = work.notes()
     encoded = opened.encode(rows, columns, max_length=max_length)

@@ -19,6 +19,7 @@ from thresher.cli.options import (
     BatchSize,
     Column,
     Device,
+    ExitSetting,
     Json,
     MaxLength,
     ModelDirectory,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
 
 SHOWN_TEXT = 60
-SHOWN_TOKENS = 12
 
 Texts = Annotated[
     list[str] | None, typer.Option("--text", help="A text. Repeat for more.", metavar="TEXT", rich_help_panel=DATA)
@@ -63,6 +63,7 @@ def predict(
     pair: Pairs = None,
     speedup: AtSpeedup = None,
     tau: AtThreshold = None,
+    exit_settings: ExitSetting = None,
     column: Column = None,
     max_length: MaxLength = None,
     windows: Windows = None,
@@ -86,18 +87,16 @@ def predict(
         raise OptionError("--skip-bad needs DATA, whose rows may be bad.")
     if out is not None:
         file_to_write(out)
+    columns = assignments(column, "--column")
 
-    from thresher.cli.data import read_rows
     from thresher.cli.graphs import in_windows, open_to_answer
 
-    opened = open_to_answer(directory, device, batch_size=batch_size, workers=workers, speedup=speedup, tau=tau)
+    how = {"speedup": speedup, "tau": tau, "exit_settings": exit_settings}
+    opened = open_to_answer(directory, device, batch_size=batch_size, workers=workers, **how)  # type: ignore[arg-type]
     opened = in_windows(opened, windows)
     work = opened.text_work()
-    if data is None:
-        rows = _given(text, pair)
-    else:
-        rows = read_rows(data, split="test", kind=work.kind, labelled=False, skip_bad=skip_bad)
-    rows = work.named(rows, assignments(column, "--column"))
+    rows = _given(text, pair) if data is None else work.read(data, columns, labelled=False, skip_bad=skip_bad)
+    rows = work.named(rows, columns)
     rows = work.unlabelled(rows)
     texts = work.shown(rows)
     encoded = work.encode(rows, opened.tokenizer, opened.limit(max_length), labels=False)
@@ -110,11 +109,11 @@ def predict(
             {"file": str(out), "rows": len(said), "speedup": after.speedup},
             [f"Wrote {count(len(said))} answers to {out}."],
         )
-    columns = [name for name in said[0] if name not in ("n_best", "tags")]
-    shown = [(_short(one), *(_cell(answer[name]) for name in columns)) for one, answer in zip(texts, said, strict=True)]
+    named = [name for name in said[0] if name not in ("n_best", "tags")]
+    shown = [(_short(one), *(_cell(answer[name]) for name in named)) for one, answer in zip(texts, said, strict=True)]
     return Result(
         {"predictions": said, "speedup": after.speedup},
-        [table(f"{count(len(said))} answers", ("text", *columns), shown)],
+        [table(f"{count(len(said))} answers", ("text", *named), shown)],
     )
 
 
@@ -126,6 +125,8 @@ def explain(
     max_length: MaxLength = None,
     windows: Windows = None,
     speedup: AtSpeedup = None,
+    tau: AtThreshold = None,
+    exit_settings: ExitSetting = None,
     saliency: Annotated[
         str | None,
         typer.Option(
@@ -141,9 +142,9 @@ def explain(
     device: Device = "auto",
     as_json: Json = False,
 ) -> Result:
-    """Show which words a model stopped reading, and at which layer.
+    """Show which words a model stopped reading, at which layer, and after which one the text left early.
 
-    Without colours, [2:words] are those dropped at layer 2.
+    Without colours, [2:words] are those dropped at layer 2, and {2:words} those whose tag was settled (frozen) after it.
 
     [bold]thresher explain faster --text "Not a dull film at all." --html map.html[/]
     """
@@ -153,13 +154,14 @@ def explain(
         file_to_write(html)
     place = place_of(device)
 
-    from thresher.cli.graphs import in_windows
+    from thresher.cli.graphs import in_windows, leaving_by
     from thresher.cli.models import open_model
     from thresher.cli.question_work import QuestionWork
     from thresher.explanation import explain as token_maps
     from thresher.report.tokens import to_html
 
-    opened = in_windows(open_model(directory, place, speedup=speedup), windows)
+    opened = leaving_by(open_model(directory, place, speedup=speedup), directory, tau, exit_settings)
+    opened = in_windows(opened, windows)
     rows = opened.work.unlabelled(_given(text, pair))
     limit = opened.limit(max_length)
     # Encoded here as well, for what it says of cut and empty texts.
@@ -170,22 +172,19 @@ def explain(
     maps = token_maps(opened.model, opened.tokenizer, texts, limit, threshold=threshold, salient=asked)
     shown: list[RenderableType] = []
     for one in maps:
-        shown += [TokenMapView(one), *([] if saliency is None else [_saliency_table(one, saliency)])]
+        shown += [TokenMapView(one), *([] if saliency is None else [_saliency_table(one)])]
     if html is not None:
         _write(html, to_html(maps, f"What {directory} read"))
         shown.append(f"Wrote {html}.")
     return Result({"maps": [{**asdict(one), "kept": one.kept} for one in maps], "html": html and str(html)}, shown)
 
 
-def _saliency_table(token_map: TokenMap, method: str) -> RenderableType:
+def _saliency_table(token_map: TokenMap) -> RenderableType:
     """The tokens that matter most, beside the layer at which each was dropped."""
-    assert token_map.saliency is not None
-    most = sorted(range(len(token_map.tokens)), key=lambda i: -token_map.saliency[i])[:SHOWN_TOKENS]  # type: ignore[index]
-    rows = [
-        (_short(token_map.tokens[i]), f"{100 * token_map.saliency[i]:.1f}%", token_map.dropped_at[i] or "kept")
-        for i in most
-    ]
-    return table(f"What matters most, by {method}", ("token", "share", "dropped at layer"), rows)
+    from thresher.report.tokens import saliency_columns, saliency_rows
+
+    rows = [(_short(token), *rest) for token, *rest in saliency_rows(token_map)]
+    return table(f"What matters most, by {token_map.saliency_by}", saliency_columns(token_map), rows)
 
 
 def _write(file: Path, text: str) -> None:

@@ -9,11 +9,12 @@ from typing import Any, ClassVar, Self
 import datasets
 import numpy as np
 
+from thresher.cli.data import NAMED, read_rows
 from thresher.cli.screen import notice
 from thresher.errors import CheckpointError, OptionError, nearest
 from thresher.policy import PolicyConfig
 from thresher.tasks.answering import EncodedQuestions
-from thresher.tasks.data import map_columns
+from thresher.tasks.data import name_columns
 from thresher.tasks.dialogues import dialogues
 from thresher.tasks.features import EncodedRows, encode_texts
 from thresher.tasks.long_texts import EncodedLongTexts, window_texts
@@ -102,12 +103,32 @@ class Work:
 
     def named(self, rows: datasets.Dataset, columns: Mapping[str, str]) -> datasets.Dataset:
         """Rows with the columns the task reads: `columns` first, then those it was fitted with, where they are there."""
-        fitted = {
-            new: old
-            for new, old in self.columns.items()
-            if old in rows.column_names and new not in columns and old not in columns.values()
-        }
-        return map_columns(rows, {**fitted, **columns})
+        if self.kind in NAMED:
+            columns = {new: old for new, old in columns.items() if old in rows.column_names}
+        return name_columns(rows, columns, self.columns)
+
+    def read(
+        self,
+        data: str,
+        columns: Mapping[str, str],
+        *,
+        limit: int | None = None,
+        seed: int = 0,
+        labelled: bool = True,
+        skip_bad: bool = False,
+    ) -> datasets.Dataset:
+        """The rows of `data` to answer, see `read_rows`; `named` is still to come."""
+        return read_rows(
+            data,
+            split="test",
+            limit=limit,
+            seed=seed,
+            kind=self.kind,
+            columns=columns,
+            usual=self.columns,
+            labelled=labelled,
+            skip_bad=skip_bad,
+        )
 
     def settled(self, rows: datasets.Dataset, columns: Mapping[str, str]) -> Work:
         """The same with what the first rows decide."""

@@ -142,7 +142,9 @@ def halves(units: Sequence[Hashable], seed: int) -> tuple[list[int], list[int]]:
     distinct = list(dict.fromkeys(units))
     if len(distinct) < 2:
         what = "There are no validation rows" if not distinct else "One validation row cannot be divided"
-        raise DataError(f"{what}: settings are chosen on some rows and judged on others; give at least two.")
+        raise DataError(
+            f"{what}: settings are chosen on some rows and judged on others; give at least two, or test rows."
+        )
     order = np.random.default_rng(seed).permutation(len(distinct))
     first = {distinct[number] for number in order[: len(order) // 2]}
     numbers = range(len(units))

@@ -19,6 +19,7 @@ RESULT = "comparison.json"
 PAGE = "comparison.html"
 CHART = "frontier.svg"
 BEST, START, METHODS = "best", "start", "methods"
+OURS = (START, METHODS, BEST, RESULT, PAGE, CHART)
 OTHERS = ("thresher.json", "config.json", "modules.json", "exported.json")
 
 
@@ -33,8 +34,13 @@ def same_run(directory: Path, settings: Mapping[str, Any], free: Mapping[str, An
     if not file.is_file():
         if found := [name for name in OTHERS if (directory / name).exists()]:
             raise OptionError(f"{directory} holds a saved model ({found[0]}); give a directory of its own.")
+        if found := [name for name in OURS if (directory / name).exists()]:
+            raise OptionError(
+                f"{directory} holds {', '.join(found)} but no {RUN} of a comparison, which would write over it; give another "
+                "directory."
+            )
         return now  # type: ignore[no-any-return]
-    before = _read(file)
+    before = _read(file, "without it nobody knows what the directory holds, so give another directory")
     open_ = {name for name, value in free.items() if value is None}
     changed = [name for name in {**before, **now} if name not in open_ and before.get(name) != now.get(name)]
     if changed:
@@ -63,13 +69,13 @@ class Kept:
         self.missed: dict[str, str] = {}
         if not self.file.is_file():
             return
-        values = _read(self.file)
+        values = _read(self.file, "remove it to measure again")
         try:
             before = values["about"]
             self.found = {key: Standing.from_dict(one) for key, one in values["found"].items()}
             self.missed = dict(values["missed"])
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{self.file} is damaged; remove that file to measure again.") from error
+            raise DataError(f"{self.file} is damaged; remove it to measure again.") from error
         changed = [name for name in {**before, **self.about} if before.get(name) != self.about.get(name)]
         if changed:
             raise OptionError(
@@ -111,14 +117,14 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
     write_whole(file, json.dumps(values, indent=1) + "\n")
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path, what_to_do: str) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise TypeError(type(values).__name__)
         return values
     except (ValueError, TypeError) as error:
-        raise DataError(f"{file} is damaged ({error}); remove it and run again.") from error
+        raise DataError(f"{file} is damaged ({error}); {what_to_do}.") from error
 
 
 __all__ = ["BEST", "CHART", "METHODS", "PAGE", "RESULT", "START", "Kept", "begin", "replaced", "same_run", "write_json"]

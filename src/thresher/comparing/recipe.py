@@ -149,7 +149,7 @@ def compare(
 
     target = Target.of(speedup, max_loss, LOSS)
     directory = Path(directory)
-    _check(rows, passes, evaluations, speedups)
+    _check(rows, passes, evaluations, speedups, trained_at)
     targets = [*(one for one in (Target("speedup", float(v)) for v in sorted({*speedups})) if one != target), target]
     of_stages = stage_settings(overrides, labels=labelled(rows))
     asked = [_fitted(one, fitting) for one in contestants(methods, unions)]
@@ -221,13 +221,17 @@ def compare(
     return comparison
 
 
-def _check(rows: datasets.Dataset, passes: int, evaluations: int, speedups: Sequence[float]) -> None:
+def _check(
+    rows: datasets.Dataset, passes: int, evaluations: int, speedups: Sequence[float], trained_at: float | None
+) -> None:
     if passes < 1 or evaluations < 1:
         raise OptionError(f"passes and evaluations must be at least 1, not {passes} and {evaluations}.")
     if not len(rows):
         raise DataError("There are no rows to train on; give at least one.")
     if not all(1.0 < value < math.inf for value in speedups):
         raise OptionError(f"speedups must be above 1, not {', '.join(map(str, speedups))}.")
+    if trained_at is not None and not 1.0 < trained_at < math.inf:
+        raise OptionError(f"trained_at, the speedup that methods train for, must be above 1, not {trained_at}.")
 
 
 def _fitted(one: Contestant, fitting: Callable[[PolicyConfig], PolicyConfig] | None) -> Contestant:

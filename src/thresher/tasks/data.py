@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import datasets
@@ -85,6 +85,19 @@ def map_columns(rows: datasets.Dataset, mapping: Mapping[str, str]) -> datasets.
         raise DataError(f"Each column can be mapped to one name only, and {dict(mapping)} uses a column twice.")
     shadowed = [c for c in rows.column_names if c in mapping and c not in renamed]
     return rows.remove_columns(shadowed).rename_columns(renamed)
+
+
+def name_columns(
+    rows: datasets.Dataset, columns: Mapping[str, str], usual: Mapping[str, str] | None = None
+) -> datasets.Dataset:
+    """As `map_columns` by `columns`, and by `usual` where those columns are there and nothing else is said of them."""
+    return map_columns(rows, {**still_usual(rows.column_names, columns, usual or {}), **columns})
+
+
+def still_usual(there: Iterable[str], columns: Mapping[str, str], usual: Mapping[str, str]) -> dict[str, str]:
+    """What of `usual` holds for columns that are there, beside the `columns` that were asked for."""
+    free = set(there) - set(columns.values())
+    return {new: old for new, old in usual.items() if old in free and new not in columns}
 
 
 def _find(source: str | Path, split: str | None) -> datasets.Dataset:

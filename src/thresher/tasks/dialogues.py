@@ -6,14 +6,14 @@ import gzip
 import itertools
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from thresher.errors import DataError, OptionError, nearest
-from thresher.tasks.data import DATA_VARIABLE, load_rows
+from thresher.tasks.data import DATA_VARIABLE, load_rows, name_columns
 from thresher.tasks.files import data_suffix
 
 SUFFIXES = (".txt", ".txt.gz", ".tsv", ".tsv.gz")
@@ -35,6 +35,8 @@ def load_dialogues(
     split: str | None = None,
     limit: int | None = None,
     seed: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    usual: Mapping[str, str] | None = None,
     labelled: bool = True,
 ) -> datasets.Dataset:
     """Read dialogues, and on request shuffle them and keep the first few.
@@ -43,6 +45,7 @@ def load_dialogues(
         source: what `load_rows` takes, with columns that `dialogues` knows; or a .txt or .tsv file, also .gz, in the
             layout of `read_tsv`, or a directory with one such file a split.
         split, limit, seed: as in `load_rows`; a limit counts dialogues.
+        columns: those that the source calls otherwise, {"context": "turns"}. usual: as `columns`, where they are there.
         labelled: as in `dialogues`.
 
     Returns:
@@ -55,7 +58,10 @@ def load_dialogues(
     if limit is not None and limit < 1:
         raise OptionError(f"The limit on dialogues must be at least 1, not {limit}.")
     file = _tsv_file(source, split)
-    rows = dialogues(load_rows(source, split=split), labelled=labelled) if file is None else read_tsv(file)
+    read = load_rows(source, split=split) if file is None else read_tsv(file)
+    rows = name_columns(read, columns or {}, usual)
+    if file is None:
+        rows = dialogues(rows, labelled=labelled)
     if seed is not None:
         rows = rows.shuffle(seed=seed, keep_in_memory=True)
     return rows if limit is None else rows.select(range(min(limit, len(rows))))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from thresher.errors import DataError
+from thresher.tasks.data import still_usual
 
 SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
 """The endings of files that `read_questions` reads."""
@@ -42,8 +43,13 @@ class RawQuestion:
     problem: str = ""
 
 
-def read_questions(path: Path) -> Iterator[RawQuestion]:
+def read_questions(
+    path: Path, columns: Mapping[str, str] | None = None, usual: Mapping[str, str] | None = None
+) -> Iterator[RawQuestion]:
     """The questions of a file, in order, one at a time.
+
+    columns: fields by another name, {"question": "query"}, in whichever layout; a question without one of them is bad. usual:
+    as `columns`, but only where they are there.
 
     Layouts: SQuAD's (1.1 and 2.0: data, paragraphs, qas); one object a line or a list of objects, each a question with
     question, context and answers {text, answer_start}, a passage with qas (MRQA), or a question with supporting_facts
@@ -52,22 +58,23 @@ def read_questions(path: Path) -> Iterator[RawQuestion]:
     Raises:
         DataError: the file cannot be read, is cut short, or is in none of these layouts.
     """
+    names = _Names(columns or {}, usual or {})
     if ".jsonl" in path.name.lower():
-        return _of_objects(path, _parsed_lines(path), "line")
+        return _of_objects(path, _parsed_lines(path), "line", names)
     content = _whole(path)
     try:
         found = json.loads(content)
     except (json.JSONDecodeError, RecursionError) as error:
         if _is_object(content.lstrip().split("\n", 1)[0]):  # a .json file of one object a line
-            return _of_objects(path, _parsed_lines(path), "line")
+            return _of_objects(path, _parsed_lines(path), "line", names)
         raise DataError(f"{path} {_invalid(error)}; is the file whole?") from error
     if isinstance(found, dict) and "data" in found:
-        return _squad(path, found["data"])
+        return _squad(path, found["data"], names)
     if isinstance(found, dict):
         found = [found]
     if not isinstance(found, list):
         raise DataError(f"{path} holds a {type(found).__name__}, where questions are expected.")
-    return _of_objects(path, enumerate(found, start=1), "question")
+    return _of_objects(path, enumerate(found, start=1), "question", names)
 
 
 def raw_question(place: str, row: Mapping[str, Any]) -> RawQuestion:
@@ -78,10 +85,37 @@ def raw_question(place: str, row: Mapping[str, Any]) -> RawQuestion:
     return raw
 
 
+@dataclass(frozen=True)
+class _Names:
+    """What fields are called, see `read_questions`."""
+
+    columns: Mapping[str, str]
+    usual: Mapping[str, str]
+
+    def of(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """An object by the names that are known here. Raises DataError, a sentence without its subject, for one that lacks a
+        field."""
+        lacking = next((old for old in self.columns.values() if old not in row), None)
+        if lacking is not None:
+            raise DataError(f"has no field '{lacking}' (there are {', '.join(map(str, row)) or 'none'})")
+        renamed = {**still_usual(row, self.columns, self.usual), **self.columns}
+        rest = {name: value for name, value in row.items() if name not in renamed and name not in renamed.values()}
+        return rest | {new: row[old] for new, old in renamed.items()}
+
+    def renames(self, name: str) -> bool:
+        """Whether a field may be there under another name."""
+        return name in self.columns or name in self.usual
+
+    def inside(self, passage: Mapping[str, Any], question: Mapping[str, Any]) -> dict[str, Any]:
+        """As `of`, of a question that stands inside its passage."""
+        known = ("context", self.columns.get("context"), self.usual.get("context"))
+        return self.of({name: value for name, value in passage.items() if name in known} | dict(question))
+
+
 # --- layouts ---------------------------------------------------------------------------------------------------------
 
 
-def _of_objects(path: Path, objects: Iterable[tuple[int, Any]], unit: str) -> Iterator[RawQuestion]:
+def _of_objects(path: Path, objects: Iterable[tuple[int, Any]], unit: str, names: _Names) -> Iterator[RawQuestion]:
     """Objects with their numbers; one that is a DataError could not be parsed."""
     for number, found in objects:
         place = f"{unit} {number}"
@@ -92,37 +126,54 @@ def _of_objects(path: Path, objects: Iterable[tuple[int, Any]], unit: str) -> It
         elif "header" in found and "context" not in found:
             continue
         elif "qas" in found:
-            yield from _mrqa(place, found)
-        elif "supporting_facts" in found:
-            yield _hotpot(place, found)
+            yield from _mrqa(place, found, names)
         elif "paragraphs" in found:
-            yield from _squad(path, [found])
+            yield from _squad(path, [found], names)
         else:
-            yield raw_question(place, found)
+            try:
+                found = names.of(found)
+            except DataError as error:
+                yield RawQuestion(place, problem=str(error))
+                continue
+            yield (_hotpot if "supporting_facts" in found else raw_question)(place, found)
 
 
-def _squad(path: Path, articles: Any) -> Iterator[RawQuestion]:
+def _squad(path: Path, articles: Any, names: _Names) -> Iterator[RawQuestion]:
     number = 0
     for article in _list(path, articles, "data"):
         for paragraph in _list(path, _field(path, article, "paragraphs"), "paragraphs"):
-            context = _field(path, paragraph, "context")
+            if not names.renames("context"):
+                _field(path, paragraph, "context")
             for qa in _list(path, _field(path, paragraph, "qas"), "qas"):
                 number += 1
-                raw = RawQuestion(f"question {number}", problem="is no object")
-                if isinstance(qa, dict):
-                    raw = RawQuestion(f"question {number}", qa.get("id"), qa.get("question"), context)
-                    impossible = qa.get("is_impossible", False)
-                    raw.answers, raw.problem = ([], "") if impossible else _answers(qa.get("answers"))
-                yield raw
+                yield _inside(f"question {number}", paragraph, qa, names)
 
 
-def _mrqa(place: str, row: dict[str, Any]) -> Iterator[RawQuestion]:
+def _inside(place: str, paragraph: dict[str, Any], qa: Any, names: _Names) -> RawQuestion:
+    """A question of SQuAD's, of the paragraph that holds it."""
+    if not isinstance(qa, dict):
+        return RawQuestion(place, problem="is no object")
+    try:
+        row = names.inside(paragraph, qa)
+    except DataError as error:
+        return RawQuestion(place, qa.get("id"), problem=str(error))
+    raw = RawQuestion(place, row.get("id"), row.get("question"), row.get("context"))
+    raw.answers, raw.problem = ([], "") if row.get("is_impossible", False) else _answers(row.get("answers"))
+    return raw
+
+
+def _mrqa(place: str, row: dict[str, Any], names: _Names) -> Iterator[RawQuestion]:
     """The ends of MRQA's spans are included, and all of `answers` count as right, also those detected nowhere."""
     for qa in row["qas"] if isinstance(row["qas"], list) else [None]:
         if not isinstance(qa, dict):
             yield RawQuestion(place, problem="holds a question that is no object")
             continue
-        raw = RawQuestion(place, qa.get("qid", qa.get("id")), qa.get("question"), row.get("context"))
+        try:
+            qa = names.inside(row, qa)
+        except DataError as error:
+            yield RawQuestion(place, qa.get("qid", qa.get("id")), problem=str(error))
+            continue
+        raw = RawQuestion(place, qa.get("qid", qa.get("id")), qa.get("question"), qa.get("context"))
         if "answers" in qa or "detected_answers" in qa:
             try:
                 raw.answers = _detected(raw.context, qa.get("detected_answers") or [], qa.get("answers") or [])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 
 from thresher.errors import DataError, OptionError
-from thresher.tasks.data import load_rows, local_file
+from thresher.tasks.data import load_rows, local_file, name_columns
 from thresher.tasks.question_files import NOWHERE, SUFFIXES, RawQuestion, raw_question, read_questions
 
 _BATCH = 1000  # questions handled at a time, so that only one batch is ever held as Python lists
@@ -47,6 +47,8 @@ def load_questions(
     split: str | None = None,
     limit: int | None = None,
     seed: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    usual: Mapping[str, str] | None = None,
     labelled: bool | None = True,
     skip_bad: bool = False,
     on_bad: OnBad | None = None,
@@ -57,6 +59,7 @@ def load_questions(
         source: what `load_rows` takes, with columns that `questions` knows; or a .json or .jsonl file, also .gz, in the
             layout of SQuAD (1.1 or 2.0), MRQA or HotpotQA (see `read_questions`).
         split, limit, seed: as in `load_rows`; a limit counts questions.
+        columns: those that the source calls otherwise, {"question": "query"}. usual: as `columns`, where they are there.
         labelled, skip_bad, on_bad: as in `questions`.
 
     Returns:
@@ -71,9 +74,10 @@ def load_questions(
     file = local_file(source, split)
     if file is not None and file.name.lower().endswith(SUFFIXES):
         bad = _Bad(skip_bad, on_bad)
-        rows = _collect(read_questions(file), f"{file}, ", labelled, bad, f"{file} holds no questions.")
+        rows = _collect(read_questions(file, columns, usual), f"{file}, ", labelled, bad, f"{file} holds no questions.")
     else:
-        rows = questions(load_rows(source, split=split), labelled=labelled, skip_bad=skip_bad, on_bad=on_bad)
+        rows = name_columns(load_rows(source, split=split), columns or {}, usual)
+        rows = questions(rows, labelled=labelled, skip_bad=skip_bad, on_bad=on_bad)
     if seed is not None:
         rows = rows.shuffle(seed=seed, keep_in_memory=True)
     return rows if limit is None else rows.select(range(min(limit, len(rows))))

@@ -4,6 +4,8 @@ for (const bar of document.querySelectorAll(".layers")) {
   const said = bar.querySelector("output");
   const runs = [...document.querySelectorAll(".run")].map((node) => ({
     node,
+    map: node.closest(".map"),
+    left: Number(node.closest(".map").dataset.left || Infinity),
     dropped: Number(node.dataset.dropped || Infinity),
     count: Number(node.dataset.count),
   }));
@@ -14,7 +16,8 @@ for (const bar of document.querySelectorAll(".layers")) {
     for (const run of runs) {
       const gone = run.dropped <= layer;
       run.node.classList.toggle("gone", gone);
-      if (!gone) left += run.count;
+      run.map.classList.toggle("left", run.left <= layer);
+      if (!gone && run.left > layer) left += run.count;
     }
     const share = total ? Math.round((100 * left) / total) : 100;
     said.textContent = layer
