@@ -7,7 +7,8 @@
 start: fine-tunes MiniLM-L6 in OUT/start, once. table: trains both models (the exit on the start; then LTP soft, LTP hard and
 exits on the hard-pruned model), reads held-out training rows at every pair of LTP's strength and the exit's threshold, and of
 each way takes the fastest that loses at most so many points there. These are read on the test rows; so are three thresholds
-of the union as it was trained, and groups of rows by length. LTP alone is the union with nobody leaving. speed: wall-clock of
+of the union as it was trained, and groups of rows by length. LTP alone is the union with nobody leaving. The union as chosen
+for one point is saved in OUT/chosen. speed: wall-clock of
 the union that `table` chose for one point, at batch 32 and at batch 1. What is complete is not run again. --limit: a few rows,
 nothing recorded.
 """
@@ -209,6 +210,10 @@ def table(bench: Bench) -> None:
                 examples=len(bench.test),
             )
     by_length(bench, said)
+    setting = bench.chosen("union", 1.0)
+    if setting is not None:
+        thresher.save(bench.set_to("union", setting), bench.args.out / "chosen")
+        bench.tokenizer.save_pretrained(bench.args.out / "chosen")
 
 
 def by_length(bench: Bench, said: str) -> None:
