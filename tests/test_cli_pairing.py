@@ -146,6 +146,12 @@ def test_other_files_and_columns(place: Path, tmp_path: Path) -> None:
         ([{"id": "a", "text": 5}], "Row 1 has the text 5"),
         ([{"id": "a", "words": "w9"}], r"need a column 'text' \(there are id, words\)"),
         ([{"name": "a", "text": "w9"}], "need a column 'id'"),
+        ([{"id": "a", "text": ["w9"]}, {"id": "b", "text": []}], r"Row 2 has no text that can be read: .*, not \[\]"),
+        ([{"id": "a", "text": ["w9", None]}], "Row 1 has no text that can be read"),
+        (
+            [{"id": "a", "text": [5, 6]}, {"id": "b", "text": [5, 64]}],
+            "Row 2 .* from 0 to 63, and 64 is not among them",
+        ),
     ],
 )
 def test_bad_rows(place: Path, tmp_path: Path, rows: list[dict[str, Any]], says: str) -> None:
@@ -175,6 +181,52 @@ def test_what_does_not_go_together(place: Path, tmp_path: Path) -> None:
         tmp_path / "c",
         match=r"no scorer\.json|no scorer",
     )
+
+
+def test_what_is_no_place_for_a_store(place: Path, tmp_path: Path) -> None:
+    note = tmp_path / "note.txt"
+    note.write_text("mine")
+    fails(
+        *words(place, tmp_path), match="holds files, and none of them is a store's manifest.jsonl; give a new directory"
+    )
+    fails(*words(place, note), match="note.txt is a file; give a directory")
+    assert [path.name for path in tmp_path.iterdir()] == ["note.txt"] and note.read_text() == "mine"
+    store = tmp_path / "killed"
+    store.mkdir()
+    for name in ("lock", ".tmp-manifest.jsonl"):
+        (store / name).touch()
+    assert ok(*words(place, store))["candidates"] == 6
+    (store / "manifest.jsonl").unlink()
+    before = sorted(store.glob("segment-*"))
+    fails(*words(place, store), match="none of them is a store's")
+    assert before and sorted(store.glob("segment-*")) == before
+
+
+def test_queries_that_are_empty_or_too_long(place: Path, tmp_path: Path) -> None:
+    store = tmp_path / "s"
+    ok(*words(place, store))
+    rank = ("rank", "--model", place / "mixencoder", "--store", store)
+    for query in (("",), (" ",), ("", " ")):
+        fails(*rank, *query, match="The query is empty")
+    said = call(*rank, " ".join(["w9"] * 99), "-k", 100)
+    assert said.exit_code == 0 and "longer than 22 tokens and was cut" in said.stderr
+    assert "6 of 6 candidates" in said.stdout
+    assert call(*rank, QUERY, "-k", 0).exit_code == 2
+
+
+def test_a_damaged_store_is_not_ranked(place: Path, tmp_path: Path) -> None:
+    store = tmp_path / "s"
+    ok(*words(place, store))
+    (segment,) = store.glob("segment-*")
+    content = segment.read_bytes()
+    rank = ("rank", QUERY, "--model", place / "mixencoder", "--store", store)
+    for at in (8, len(content) // 2, len(content) - 2):  # where ids are looked up, and in the vectors
+        segment.write_bytes(content[:at] + bytes([content[at] ^ 64]) + content[at + 1 :])
+        fails(*rank, match="is damaged .* restore it from a copy, or index the candidates again")
+    segment.write_bytes(content[:-1])
+    fails(*rank, match="is damaged")
+    segment.unlink()
+    fails(*rank, match="is missing")
 
 
 def test_help_has_an_example_and_json() -> None:

@@ -87,3 +87,41 @@ def test_fit_errors(place: Path, tmp_path: Path) -> None:
         fails(*words, "--epochs", value, match=f"epochs must be a number above 0, not {value}")
         fails(*words, "--learning-rate", value, match=f"learning_rate must be a number above 0, not {value}")
     assert not (tmp_path / "out").exists()
+
+
+def test_limits_that_nobody_typed_fit_the_encoder(place: Path, tmp_path: Path) -> None:
+    words = ("fit-scorer", place / "encoder", place / "rows.jsonl", "--out", tmp_path / "out", "--scorer", "dual")
+    ok(*words, "--device", "cpu", "--precision", "float32")
+    assert load(tmp_path / "out").config.max_query == 48
+    fails(*words, "--set", "max_query=49", match="max_query=49 is more than the 48 tokens")
+
+
+def test_what_fit_refuses_before_it_trains(place: Path, tmp_path: Path) -> None:
+    words = ("fit-scorer", place / "encoder", place / "rows.jsonl", "--out", tmp_path / "out", *LIMITS)
+    for setting in ("temperature=inf", "label_weight=inf", "label_weight=nan"):
+        fails(*words, "--loss", setting, match="Training cannot have")
+    fails(*words, "--loss", "label_weight=0", match="nothing is learned")
+    fails(*words, "--teacher", place / "mixencoder", match="add --loss distil_weight=1")
+    fails(*words, "--policy", "ltp", match="'ltp' knows nothing before it is trained.*attention-mass")
+    wrong = write_rows(tmp_path / "wrong.jsonl", [{"query": "w9", "candidates": ["w10", "w11"], "labels": [0, 0]}])
+    fails(*words, "--validation", wrong, match="No query has a right candidate")
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"sentence1": "w9", "sentence2": "w10", "label": 1}])
+    fails(*words, "--validation", pairs, match="are not ranked")
+    fails(*words, "--set", "classes=2", "--validation", place / "rows.jsonl", match="classes does not rank")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"query": "w9", "relevant": "p1"}, "Row 1 has 'p1' as relevant, where a list of ids is expected"),
+        ({"query": "w9", "relevant": 1}, "Row 1 has 1 as relevant"),
+        ({"query": None, "relevant": [1]}, "Row 1 has no text that can be read"),
+        ({"query": [], "relevant": [1]}, "Row 1 has no text that can be read"),
+        ({"query": "w9", "relevant": [77]}, "Row 1 names the relevant id 77"),
+        ({"query": "w9", "relevant": []}, "No query has a right candidate"),
+    ],
+)
+def test_bad_queries_of_a_corpus(place: Path, tmp_path: Path, row: dict[str, Any], says: str) -> None:
+    file = write_rows(tmp_path / "asked.jsonl", [row])
+    fails("evaluate", place / "mixencoder", file, "--candidates", place / "corpus.jsonl", match=says)

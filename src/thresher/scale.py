@@ -64,13 +64,15 @@ class CandidateEncoder(_Worker):
 
     __call__ takes `id` and `text`, [N] each (a text, or the list of a dialogue's utterances), and gives `id` as texts [N],
     `vectors` [N] of float32 arrays [k or n, d], `cut` [N] int64 (1 in the first row for every candidate that was cut, so that
-    they add up), and for a scorer with a lexical signal `terms` [N, M] int32.
+    they add up), and for a scorer with a lexical signal `terms` [N, M] int32. N may be 0.
     Raises DataError for a missing column or what is no text.
     """
 
     def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
         texts = [_plain(text) for text in _column(batch, "text")]
         names = [str(_plain(name)) for name in _column(batch, "id")]
+        if not texts and not names:
+            return self._nothing()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=f".*{CUT}")
             cache = self.scorer.encode_candidates(texts, names)
@@ -82,6 +84,12 @@ class CandidateEncoder(_Worker):
             "cut": cut,
         }
         return found if cache.terms is None else found | {"terms": cache.terms.numpy()}
+
+    def _nothing(self) -> dict[str, np.ndarray]:
+        """What an empty batch gives."""
+        found = {"id": _objects([]), "vectors": _objects([]), "cut": np.zeros(0, np.int64)}
+        kept = self.scorer.config.lexical
+        return found | {"terms": np.zeros((0, kept), np.int32)} if kept else found
 
 
 class Rerank(_Worker):

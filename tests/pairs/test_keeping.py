@@ -109,9 +109,13 @@ def test_the_best_are_those_of_sorting_all(chunks: list[list[int]], k: int) -> N
     assert _best(np.array(scores, np.float32), ids, None) == every
 
 
-def test_a_score_that_is_no_number() -> None:
-    with pytest.raises(DataError, match="is no number"):
-        _best(np.array([1.0, float("nan")], np.float32), [["a", "b"]], 1)
+def test_a_score_that_is_no_number(dual: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Index.create(dual, tmp_path) as index:
+        index.add(ROWS)
+        score = type(dual).score_blocks
+        monkeypatch.setattr(type(dual), "score_blocks", lambda *given: score(*given) * float("nan"))
+        with pytest.raises(DataError, match="is no number"):
+            index.rank(QUERY, 1)
 
 
 # How it is filled.

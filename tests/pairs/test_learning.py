@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 import thresher
 from pairs.scoring import FAMILIES, KINDS, mean_rank, scorer, toy
-from thresher.errors import DataError, OptionError
+from thresher.errors import DataError, OptionError, ThresherError
 from thresher.pairs import PairLearner, PairLoss, train
 from thresher.pairs.learning import collate, examples
 
@@ -246,11 +246,33 @@ def test_rows_and_settings_that_do_not_fit(tmp_path: Path) -> None:
             datasets.Dataset.from_list([{"query": "w9", "candidates": ["w10"], "labels": [0]}]),
             "nothing to learn",
         ),
+        *(
+            (
+                scorer("dual", classes=classes),
+                datasets.Dataset.from_list([{"sentence1": "w9", "sentence2": "w10", "label": label}]),
+                f"Row 1 has the label {label}, where a number is expected",
+            )
+            for classes in (1, 3)
+            for label in (math.nan, math.inf)
+        ),
     ):
         with pytest.raises(DataError, match=says):
             train(made, rows, tmp_path, **QUIET)
-    for bad in ({"temperature": 0.0}, {"negatives": -1}, {"label_weight": -1.0}, {"distil_temperature": 0.0}):
+    for bad in (
+        {"temperature": 0.0},
+        {"temperature": math.inf},
+        {"negatives": -1},
+        {"label_weight": -1.0},
+        {"distil_weight": math.inf},
+        {"distil_temperature": 0.0},
+        {"label_weight": 0.0},
+    ):
         with pytest.raises(OptionError, match=next(iter(bad))):
             PairLoss(**bad)
     with pytest.raises(OptionError, match="at least 1 query"):
         train(scorer("dual"), toy(2), tmp_path, batch_size=0, **QUIET)
+
+
+def test_training_that_diverges_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ThresherError, match=r"Training diverged: .* lower learning_rate=1e\+38"):
+        train(scorer("dual"), toy(4), tmp_path, epochs=4, batch_size=4, learning_rate=1e38, warmup=0.0, **QUIET)

@@ -74,6 +74,24 @@ def test_an_encoder_is_picklable_and_its_arrays_are_what_a_store_keeps(saved: Pa
     assert content(saved, tmp_path / "store") == whole(saved, tmp_path / "whole", COUNT)
 
 
+def test_an_empty_batch_gives_empty_arrays(saved: Path, tmp_path: Path) -> None:
+    empty = {name: column[:0] for name, column in BATCH.items()}
+    some, none = CandidateEncoder(saved)(BATCH), CandidateEncoder(saved)(empty)
+    assert {name: (len(array), array.dtype, array.shape[1:]) for name, array in none.items()} == {
+        name: (0, array.dtype, array.shape[1:]) for name, array in some.items()
+    }
+    with Index.create(load(saved), tmp_path / "store") as index:
+        assert write(index, [none, some, none]) == Added(COUNT, 0, 0)
+    asked = {"query": np.empty(0, object), "candidates": np.empty(0, object), "kept": np.arange(0)}
+    for reranker, batch in (
+        (Rerank(saved), asked),
+        (Rerank(saved, tmp_path / "store"), {"query": np.empty(0, object), "kept": np.arange(0)}),
+    ):
+        found = reranker(batch)
+        assert set(found) == {*batch, "ranked", "scores"} and all(len(array) == 0 for array in found.values())
+        assert found["ranked"].dtype == found["scores"].dtype == object
+
+
 @pytest.mark.slow
 def test_a_plain_pool_of_processes(saved: Path) -> None:
     encoder, reranker = CandidateEncoder(saved, threads=1), Rerank(saved, k=3)

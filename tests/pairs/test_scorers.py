@@ -113,6 +113,13 @@ def test_where_a_reranker_is_expected(kind: str) -> None:
     assert [one["corpus_id"] for one in ranked] == np.argsort(-scores)[:2].tolist()
     assert [one["text"] for one in ranked] == [TEXTS[one["corpus_id"]] for one in ranked]
     assert set(reranker.rank(QUERY, TEXTS)[0]) == {"corpus_id", "score"}
+    nothing = reranker.predict([])
+    assert (nothing.shape, nothing.dtype, reranker.rank(QUERY, [])) == ((0,), np.float32, [])
+
+
+def test_a_reranker_of_several_classes_has_logits_of_none() -> None:
+    reranker = Reranker(scorer("dual", classes=3))
+    assert reranker.predict([]).shape == (0, 3) and reranker.predict([(QUERY, "w9")]).shape == (1, 3)
 
 
 @each

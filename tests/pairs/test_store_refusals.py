@@ -186,7 +186,7 @@ def test_no_store_there(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match="holds no candidate store") as error:
             CandidateStore.open(path)
         one_sentence(error)
-    with pytest.raises(StoreError, match="Could not create") as error:
+    with pytest.raises(StoreError, match="is a file; give a directory") as error:
         CandidateStore.create(tmp_path / "file", **SETTINGS)
     one_sentence(error)
     assert (tmp_path / "file").read_text() == "mine"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,7 +9,7 @@ import typer
 
 from thresher.cli.options import DATA, OUTPUT, Column, Device, Json, assignments, place_of
 from thresher.cli.screen import Interrupted, Result, command, notice, progress
-from thresher.errors import DataError
+from thresher.errors import DataError, OptionError, StoreError
 from thresher.report.console import count, size, table
 
 if TYPE_CHECKING:
@@ -76,11 +75,11 @@ def index(
 
     rows = map_columns(read_rows(file), columns)
     names = candidate_ids(rows)
-    for _ in candidate_texts(rows):  # all of them, so that nothing is encoded in vain
-        pass
-    with _opened(open_scorer(model, place), store, dtype) as opened, progress("encoding", len(rows)) as done:
+    scorer = open_scorer(model, place)
+    check_texts(rows, scorer)  # all of them, so that nothing is encoded in vain
+    with _opened(scorer, store, dtype) as opened, progress("encoding", len(rows)) as done:
         before = len(opened)
-        candidates, size = zip(names, candidate_texts(rows), strict=True), batch or BATCH
+        candidates, size = zip(names, rows["text"], strict=True), batch or BATCH
         try:
             if workers > 1:
                 added = fill(opened, model, candidates, workers=workers, batch=size, device=place, on_done=done)
@@ -122,10 +121,14 @@ def rank(
     subset = None if ids is None else _listed(ids)
     # What is no UTF-8 on the command line came as stand-ins, which tokenizers refuse.
     texts = [text.encode("utf-8", "replace").decode() for text in query]
+    if not "".join(texts).strip():
+        raise OptionError("The query is empty; give a text to rank the candidates for.")
 
     from thresher.pairs.keeping import Index
 
     with Index.open(open_scorer(model, place), store) as opened:
+        if subset is None:  # all of it is read anyway
+            opened.store.verify()
         found = opened.rank(texts[0] if len(texts) == 1 else texts, k, subset)
         among = len(opened) if subset is None else len(subset)
     rows = [(str(number), name, f"{score:.4f}") for number, (name, score) in enumerate(found, start=1)]
@@ -157,6 +160,11 @@ def _opened(scorer: Any, store: Path, dtype: str | None) -> Index:
     from thresher.pairs.store import manifest
 
     if not manifest.exists(store):
+        if manifest.holds_others(store):
+            raise StoreError(
+                f"{store} holds files, and none of them is a store's {manifest.MANIFEST}; give a new directory, or that of a "
+                "store."
+            )
         return Index.create(scorer, store, dtype=dtype or "float16")
     opened = Index.open(scorer, store, dtype=dtype)
     notice(f"{store} holds {count(len(opened))} candidates; new ones are added to them")
@@ -184,12 +192,14 @@ def candidate_ids(rows: datasets.Dataset) -> list[str]:
     return names
 
 
-def candidate_texts(rows: datasets.Dataset) -> Iterator[str | list[str]]:
+def check_texts(rows: datasets.Dataset, scorer: Any) -> None:
     """Raises DataError at the row that has none."""
+    from thresher.pairs.texts import check_row
+
     for number, text in enumerate(rows["text"], start=1):
         if text is None or not isinstance(text, str | list):
             raise DataError(f"Row {number} has {'no text' if text is None else f'the text {text!r}, which is none'}.")
-        yield text
+        check_row(text, len(scorer.tokenizer), number)
 
 
 def _indexed(opened: Index, added: Added, store: Path, model: str) -> Result:

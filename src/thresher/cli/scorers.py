@@ -60,7 +60,8 @@ def fit_scorer(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="A method (thresher methods) that reduces queries, and the pairs that are read together.",
+            help="A method that needs no training (thresher methods), to reduce queries and the pairs that are read together. "
+            "Default: what MODEL was fitted with.",
             metavar="METHOD",
             rich_help_panel=METHOD,
         ),
@@ -116,7 +117,7 @@ def fit_scorer(
 
     from thresher.cli.data import read_rows
     from thresher.cli.models import find
-    from thresher.pairs.evaluation import evaluate
+    from thresher.pairs.evaluation import evaluate, rankable
     from thresher.pairs.losses import PairLoss
     from thresher.pairs.saving import load, scorer_class
     from thresher.tasks.data import map_columns
@@ -124,9 +125,12 @@ def fit_scorer(
     kind = scorer_class(scorer)
     made: dict[str, Any] = _values(kind.config_class, settings, "--set")
     lessons = PairLoss(**_values(PairLoss, loss, "--loss"))
+    if teacher is not None and not lessons.distil_weight:
+        raise OptionError("--teacher teaches nothing without a weight; add --loss distil_weight=1, or leave it out.")
     rows = map_columns(read_rows(data, split="train", limit=limit, seed=seed), columns)
-    held_out = None if validation is None else map_columns(read_rows(validation, split="validation"), columns)
+    checked = None if validation is None else map_columns(read_rows(validation, split="validation"), columns)
     new = kind.from_encoder(find(model), policy=policy, **made)
+    held_out = None if checked is None else rankable(new, checked)
     directory_to_write(out)
     run = {"model": model, "data": data, "limit": limit, "columns": columns, "scorer": new.signature, "policy": policy,
            "teacher": teacher, "loss": dataclasses.asdict(lessons)}  # fmt: skip
@@ -136,7 +140,7 @@ def fit_scorer(
     about = {"directory": str(out), "scorer": scorer, "rows": len(rows), "loss": metrics["train_loss"]}
     shown: list[Any] = []
     if held_out is not None:
-        with progress("evaluating", len(held_out)) as done:
+        with progress("evaluating", len(held_out.rows)) as done:
             found = evaluate(new.to(place), held_out, on_done=done)
         about |= _about(found)
         shown.append(_ranking(f"{scorer} on {validation}", found))
@@ -219,6 +223,7 @@ def evaluate_scorer(
     with progress("evaluating", len(rows)) as done:
         if store is not None:
             with Index.open(scorer, store) as index:
+                index.store.verify()
                 found = evaluate_corpus(scorer, rows, index, on_done=done)
         elif candidates is not None:
             found = evaluate_corpus(scorer, rows, _encoded(scorer, read_rows(candidates)), on_done=done)
@@ -231,9 +236,11 @@ def evaluate_scorer(
 
 
 def _encoded(scorer: Any, rows: datasets.Dataset) -> Any:
-    from thresher.cli.pairing import candidate_ids, candidate_texts
+    from thresher.cli.pairing import candidate_ids, check_texts
 
-    return scorer.encode_candidates(list(candidate_texts(rows)), candidate_ids(rows))
+    names = candidate_ids(rows)
+    check_texts(rows, scorer)
+    return scorer.encode_candidates(list(rows["text"]), names)
 
 
 def _about(found: Ranked) -> dict[str, Any]:

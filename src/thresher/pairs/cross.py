@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from thresher.errors import OptionError
 from thresher.pairs.cache import Block
 from thresher.pairs.heads import JointHead
 from thresher.pairs.reading import Reading, longest, read, watch
-from thresher.pairs.scorer import Query, Scorer, ScorerConfig, by_length
+from thresher.pairs.scorer import LEAST, LIMITS, Query, Scorer, ScorerConfig, by_length
 from thresher.pairs.texts import pair
 
 TOKENS = 4096
@@ -59,6 +59,19 @@ class CrossEncoder(Scorer[CrossConfig]):
                 f"The model has {encoder.config.num_labels} logits, and {wanted} are needed; set classes."
             )
         self.head = None if self.headed else JointHead(encoder.config.hidden_size, config.classes)
+
+    @classmethod
+    def limits(cls, most: int, given: Mapping[str, Any]) -> dict[str, int]:
+        """As in every scorer, but both sides share the encoder's positions: in the proportion of the defaults, or one has what
+        the other that is given leaves."""
+        found = super().limits(most, given)
+        if len(found) == 2:
+            candidate = CrossConfig.max_candidate
+            found["max_candidate"] = min(candidate, candidate * most // (CrossConfig.max_query + candidate))
+            found["max_query"] = min(CrossConfig.max_query, most - found["max_candidate"])
+            return found
+        left = most - sum(given.get(name, 0) for name in LIMITS)
+        return {name: max(LEAST, min(value, left)) for name, value in found.items()}
 
     def query_room(self) -> tuple[list[int], list[int]]:
         return [], []

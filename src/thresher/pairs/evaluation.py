@@ -16,11 +16,13 @@ from thresher.errors import DataError, OptionError
 from thresher.pairs.cache import Cache
 from thresher.pairs.keeping import CUT, Index
 from thresher.pairs.scorer import TOKENS, Asked, Scorer, by_length
+from thresher.pairs.texts import check_row
 from thresher.tasks.pairs import Pairs, pairs
 from thresher.tasks.ranking import ranking_metrics
 
 CUTOFFS = (1, 2, 5, 10)
 BATCH = 64  # queries whose candidates are encoded together
+NOTHING_RIGHT = "No query has a right candidate, so there is no ranking to score."
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,7 @@ def evaluate(
     Raises DataError for rows that are labelled pairs or of which none has a right candidate, OptionError for a scorer of
     several classes.
     """
-    _check_ranks(scorer)
-    given = rows if isinstance(rows, Pairs) else pairs(rows)
-    if not given.ranked:
-        raise DataError(
-            "Rows of pairs with a label are not ranked; evaluate on queries with candidates and label or labels."
-        )
+    given = rankable(scorer, rows)
     scores: list[np.ndarray] = []
     labels: list[bool] = []
     texts = cut = 0
@@ -71,12 +68,23 @@ def evaluate(
             labels += [label > 0 for row in judged for label in row["labels"]]
         if on_done is not None:
             on_done(len(batch))
-    if not scores:
-        raise DataError("No query has a right candidate, so there is no ranking to score.")
     sizes = [len(one) for one in scores]
     kept = [k for k in cutoffs if k <= max(sizes)]
     metrics = ranking_metrics(np.concatenate(scores), labels, np.repeat(np.arange(len(sizes)), sizes), kept)
     return Ranked(metrics, len(scores), texts, len(given.rows) - len(scores), cut)
+
+
+def rankable(scorer: Scorer[Any], rows: datasets.Dataset | Pairs) -> Pairs:
+    """Rows as `evaluate` ranks them. Raises what `evaluate` raises, before anything is encoded."""
+    _check_ranks(scorer)
+    given = rows if isinstance(rows, Pairs) else pairs(rows)
+    if not given.ranked:
+        raise DataError(
+            "Rows of pairs with a label are not ranked; evaluate on queries with candidates and label or labels."
+        )
+    if not any(label > 0 for labels in given.rows["labels"] for label in labels):
+        raise DataError(NOTHING_RIGHT)
+    return given
 
 
 def evaluate_corpus(
@@ -100,11 +108,13 @@ def evaluate_corpus(
             f"Queries of a corpus need the columns query and relevant; {sorted(missing)[0]!r} is not there."
         )
     names = candidates.ids if isinstance(candidates, Cache) else tuple(candidates.store.ids())
+    for number, query in enumerate(rows["query"], start=1):
+        check_row(query, len(scorer.tokenizer), number)
     places = {str(name): place for place, name in enumerate(names)}
     right = [_places(given, places, number) for number, given in enumerate(rows["relevant"], start=1)]
     judged = [number for number, found in enumerate(right) if found]
     if not judged:
-        raise DataError("No query has a right candidate, so there is no ranking to score.")
+        raise DataError(NOTHING_RIGHT)
     cut, ranks = 0, []
     for start in range(0, len(judged), BATCH):
         batch = judged[start : start + BATCH]
@@ -170,6 +180,8 @@ def _scores(scorer: Scorer[Any], asked: Sequence[Asked], candidates: Cache | Ind
 
 def _places(given: Any, places: Mapping[str, int], number: int) -> list[int]:
     """Where the right candidates of a query are. Raises DataError."""
+    if not isinstance(given, list | None):
+        raise DataError(f"Row {number} has {given!r} as relevant, where a list of ids is expected.")
     found = []
     for name in given or []:
         if str(name) not in places:

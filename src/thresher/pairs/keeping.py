@@ -170,15 +170,19 @@ class Index:
         """The best k candidates (all for None, or where there are fewer), best first, with their scores; of equal ones the
         smaller id first, so that the order in which they were added does not show.
 
-        ids: only these. The rest, errors too, as in `score`; OptionError also for k below 1 and a scorer of several classes.
+        ids: only these. The rest, errors too, as in `score`; OptionError also for k below 1 and a scorer of several classes,
+        StoreError where a score is no number because a file is damaged.
         """
         if k is not None and k < 1:
             raise OptionError(f"Ranking gives at least 1 candidate, not {k}.")
         if self.scorer.config.classes > 1:
             raise OptionError(f"A scorer of {self.scorer.config.classes} classes does not rank; use score.")
         names: list[Sequence[str]] = []
-        scores = self.scorer.score_blocks(query, self.blocks(ids, chunk, names)).flatten()
-        return _best(scores.cpu().numpy(), names, k)
+        scores = self.scorer.score_blocks(query, self.blocks(ids, chunk, names)).flatten().cpu().numpy()
+        if np.isnan(scores).any():
+            self.store.verify()  # the scorer's weights are numbers, or it would not have loaded
+            raise DataError("A score is no number; are the scorer's weights whole?")
+        return _best(scores, names, k)
 
     def blocks(
         self, ids: Sequence[str] | None = None, chunk: int | None = None, names: list[Sequence[str]] | None = None
@@ -248,8 +252,6 @@ def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
 
 def _best(scores: np.ndarray, names: Sequence[Sequence[str]], k: int | None) -> list[tuple[str, float]]:
     """The k largest of scores [N] with their ids, which are decoded for those alone (and for their equals)."""
-    if np.isnan(scores).any():
-        raise DataError("A score is no number; are the scorer's weights whole?")
     places = np.arange(len(scores))
     if k is not None and k < len(scores):
         places = np.flatnonzero(scores >= np.partition(scores, -k)[-k])

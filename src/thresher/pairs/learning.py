@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from thresher.errors import DataError, OptionError
+from thresher.errors import DataError, OptionError, ThresherError
 from thresher.pairs.losses import NO_TOKEN, PairLearner, PairLoss
 from thresher.pairs.reading import padded
 from thresher.pairs.scorer import Scorer
@@ -96,6 +96,8 @@ def _ranked(
 
 def _check_labels(labels: Sequence[float], classes: int, number: int) -> None:
     for label in labels:
+        if not math.isfinite(label):
+            raise DataError(f"Row {number} has the label {label!r}, where a number is expected.")
         if classes > 1 and not (label == int(label) and 0 <= label < classes):
             raise DataError(f"Row {number} has the label {label!r}, where a class from 0 to {classes - 1} is expected.")
 
@@ -156,7 +158,7 @@ def train(
     A scorer with a lexical signal counts its document frequencies over the candidates of `rows`.
     A policy on the encoder acts as it is set and is not itself trained.
     Raises DataError for rows that cannot be learned from, OptionError for settings that do not fit, or when `directory` holds
-    an unfinished run with others.
+    an unfinished run with others, ThresherError where training diverges.
     """
     _check(epochs, batch_size, learning_rate)
     found = examples(scorer, rows, hard=hard, seed=seed)
@@ -192,6 +194,10 @@ def train(
         result = trainer.train(resume_from_checkpoint=last)
     finally:
         scorer.eval()
+    if not all(parameter.isfinite().all() for parameter in scorer.parameters()):
+        raise ThresherError(
+            f"Training diverged: the scorer's weights are no numbers any more; lower learning_rate={learning_rate:g}."
+        )
     return {**result.metrics, "cut": float(found.cut), "left_out": float(found.left_out)}
 
 

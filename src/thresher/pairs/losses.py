@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,15 +37,17 @@ class PairLoss:
 
     def __post_init__(self) -> None:
         checks = {
-            "temperature": self.temperature > 0,
+            "temperature": 0 < self.temperature < math.inf,
             "negatives": self.negatives is None or self.negatives >= 0,
-            "label_weight": self.label_weight >= 0,
-            "distil_weight": self.distil_weight >= 0,
-            "distil_temperature": self.distil_temperature > 0,
+            "label_weight": 0 <= self.label_weight < math.inf,
+            "distil_weight": 0 <= self.distil_weight < math.inf,
+            "distil_temperature": 0 < self.distil_temperature < math.inf,
         }
         for name, holds in checks.items():
             if not holds:
                 raise OptionError(f"Training cannot have {name}={getattr(self, name)!r}.")
+        if not (self.label_weight or self.distil_weight):
+            raise OptionError("With label_weight=0 and distil_weight=0 nothing is learned; give one of them a weight.")
 
 
 class PairLearner(nn.Module):

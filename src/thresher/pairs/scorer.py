@@ -6,18 +6,19 @@ import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from thresher.errors import CheckpointError, DataError, OptionError
+from thresher.errors import DataError, OptionError
 from thresher.model import attach, evaluating, is_attached
 from thresher.pairs.cache import Block, Cache, Id, Storage
+from thresher.pairs.encoders import open_encoder
 from thresher.pairs.lexical import Lexical
 from thresher.pairs.reading import longest
 from thresher.pairs.texts import Frame, Text, tokens_of
@@ -25,6 +26,9 @@ from thresher.policy import PolicyConfig
 from thresher.settings import Settings
 
 TOKENS = 4096  # read in one pass: enough to keep every core busy, few enough for the caches and for memory
+
+LIMITS = ("max_query", "max_candidate")
+LEAST = 4  # tokens of either side, so that some are left beside the special ones
 
 Query = tuple[Tensor, ...]
 """What a scorer keeps of one query while candidates are matched against it; which tensors, each scorer says."""
@@ -64,9 +68,9 @@ class ScorerConfig(Settings):
             raise OptionError(
                 f"lexical={self.lexical!r} cannot be: it is 0 or more, and adds to a score, so that it goes with classes=0."
             )
-        for name in ("max_query", "max_candidate"):
-            if getattr(self, name) < 4:
-                raise OptionError(f"{name} must be at least 4, not {getattr(self, name)!r}.")
+        for name in LIMITS:
+            if getattr(self, name) < LEAST:
+                raise OptionError(f"{name} must be at least {LEAST}, not {getattr(self, name)!r}.")
 
     @classmethod
     def called(cls) -> str:
@@ -94,7 +98,7 @@ class Scorer(nn.Module, Generic[ConfigT]):
         """encoder: without a head; it is attached (packed, no policy) where it is not yet."""
         super().__init__()
         most = longest(encoder)
-        for name in ("max_query", "max_candidate"):
+        for name in LIMITS:
             if (wanted := getattr(config, name)) > most:
                 raise OptionError(f"{name}={wanted} is more than the {most} tokens that the encoder has positions for.")
         self.encoder = encoder if is_attached(encoder) else attach(encoder)
@@ -115,17 +119,23 @@ class Scorer(nn.Module, Generic[ConfigT]):
     ) -> Self:
         """A new scorer, still to be trained, on the encoder in a directory (or of a hub name).
 
-        settings: of the config, e.g. k=2, instead of or over `config`.
-        Raises CheckpointError where nothing can be loaded from `source`.
+        settings: of the config, e.g. k=2, instead of or over `config`. Without a config, limits that are not given are their
+            defaults, or less where the encoder has positions for less.
+        policy: one that needs no training, for a scorer's training leaves it as it is. None: the one that `source` was saved
+            with, as it was trained; nothing is dropped where there is none.
+        Raises CheckpointError where nothing can be loaded from `source`, OptionError for settings that do not fit or a policy
+        that knows nothing before it is trained.
         """
-        try:
-            encoder = AutoModel.from_pretrained(source)
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"{source} does not load as an encoder with its tokenizer: {reason}") from error
-        made: Any = cls.config_class(**settings) if config is None else config.replace(**settings)
-        return cls(attach(encoder.eval(), policy), tokenizer, made).eval()
+        encoder, tokenizer = open_encoder(source, policy)
+        limits = {} if config is not None else cls.limits(longest(encoder), settings)
+        made: Any = cls.config_class(**limits, **settings) if config is None else config.replace(**settings)
+        return cls(encoder, tokenizer, made).eval()
+
+    @classmethod
+    def limits(cls, most: int, given: Mapping[str, Any]) -> dict[str, int]:
+        """max_query and max_candidate, where they are not given, for an encoder that reads `most` tokens."""
+        defaults = {name: getattr(cls.config_class, name) for name in LIMITS}
+        return {name: min(value, most) for name, value in defaults.items() if name not in given}
 
     # What a scorer is.
 

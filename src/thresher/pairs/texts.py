@@ -44,11 +44,11 @@ def tokens_of(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, room: i
     """The token ids of every text, at most `room`: the first ones, of a dialogue the last ones.
 
     After every utterance of a dialogue comes [EOS] where the tokenizer knows it, else its separator.
-    Raises DataError for what is neither a text, a dialogue nor token ids.
+    Raises DataError for what is neither a text, a dialogue nor token ids that the tokenizer has.
     """
     if isinstance(texts, str) or not isinstance(texts, Sequence):
         raise DataError(f"A list of texts is expected, not {type(texts).__name__}.")
-    parts = [_parts(text) for text in texts]
+    parts = [parts_of(text, len(tokenizer)) for text in texts]
     known = _tokenized(list(dict.fromkeys(p for part in parts if part for p in part)), tokenizer)
     end = tokenizer.get_vocab().get(EOS, tokenizer.sep_token_id)
     rows, cut = [], 0
@@ -65,16 +65,31 @@ def tokens_of(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, room: i
     return Read(rows, cut)
 
 
-def _parts(text: Any) -> list[str] | None:
-    """The texts it is made of; None for token ids."""
+def parts_of(text: Any, vocabulary: int) -> list[str] | None:
+    """The texts it is made of; None for token ids.
+
+    Raises DataError for what is neither, or a token id that is not below `vocabulary`.
+    """
     if isinstance(text, str):
         return [text]
     if isinstance(text, Sequence) and not isinstance(text, bytes):
         if text and all(isinstance(one, str) for one in text):
             return list(text)
         if text and all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in text):
+            if (most := max(text)) >= vocabulary:
+                raise DataError(
+                    f"The tokenizer has token ids from 0 to {vocabulary - 1}, and {most} is not among them."
+                )
             return None
     raise DataError(f"A text, a dialogue (a list of texts) or a list of token ids is expected, not {text!r:.80}.")
+
+
+def check_row(text: Any, vocabulary: int, number: int) -> None:
+    """Raises DataError, naming the row, for what `parts_of` refuses."""
+    try:
+        parts_of(text, vocabulary)
+    except DataError as error:
+        raise DataError(f"Row {number} has no text that can be read: {error}") from error
 
 
 def _tokenized(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:

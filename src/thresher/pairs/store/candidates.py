@@ -66,6 +66,8 @@ class CandidateStore:
         """
         schema = Schema(fingerprint, strategy, k, dim, dtype, ragged, extra_fields(extras))
         path = Path(directory)
+        if path.exists() and not path.is_dir():
+            raise StoreError(f"{path} is a file; give a directory for the store.")
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

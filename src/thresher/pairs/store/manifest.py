@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from thresher.errors import StoreError
-from thresher.pairs.store.files import TEMPORARY, FileEntry, damaged, remove, sync, write_file
+from thresher.pairs.store.files import LOCK, TEMPORARY, FileEntry, damaged, remove, sync, write_file
 from thresher.pairs.store.schema import Schema
 
 FORMAT = 1
@@ -105,6 +105,13 @@ def _manifest(state: dict[str, Any]) -> Manifest:
     return Manifest(**{**state, "schema": Schema.from_dict(state["schema"]), "segments": tuple(segments)})
 
 
+def holds_others(directory: Path) -> bool:
+    """Whether a directory without a manifest holds more than a store that was killed while it was made would have left."""
+    return directory.is_dir() and any(
+        path.name != LOCK and not path.name.startswith(TEMPORARY) for path in directory.iterdir()
+    )
+
+
 def sweep(directory: Path, manifest: Manifest | None) -> None:
     """Remove what a writer that did not come to its end left behind. Only for who holds the lock."""
     named = {entry.name for entry in manifest.files} if manifest else set()
@@ -114,4 +121,4 @@ def sweep(directory: Path, manifest: Manifest | None) -> None:
             remove(path)
 
 
-__all__ = ["DEAD_BYTES", "FORMAT", "MANIFEST", "Manifest", "SegmentEntry", "exists", "read", "sweep"]
+__all__ = ["DEAD_BYTES", "FORMAT", "MANIFEST", "Manifest", "SegmentEntry", "exists", "holds_others", "read", "sweep"]

@@ -1,0 +1,70 @@
+"""The encoder that a new scorer begins with, with its tokenizer and its policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from thresher import checkpoint
+from thresher.errors import CheckpointError, OptionError
+from thresher.methods import CONFIGS, build
+from thresher.model import attach, policy_of
+from thresher.policy import Policy, PolicyConfig
+
+
+def open_encoder(source: Any, policy: PolicyConfig | str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The attached encoder in a directory (or of a hub name), in eval mode, and its tokenizer.
+
+    policy: one that needs no training. None: the one that `source` was saved with, as it was trained, if there is one.
+    Raises CheckpointError where nothing can be loaded from `source`, OptionError for a policy that knows nothing before it is
+    trained, or does not fit the encoder.
+    """
+    encoder, tokenizer = loaded(AutoModel, source).eval(), loaded(AutoTokenizer, source)
+    if policy is None:
+        _attach_saved(encoder, Path(source).expanduser())
+    else:
+        attach(encoder, policy)
+        _refuse_untrained(policy_of(encoder))
+    return encoder, tokenizer
+
+
+def loaded(kind: Any, source: Any) -> Any:
+    """What one of transformers' Auto classes loads from a directory or the hub. Raises CheckpointError."""
+    try:
+        return kind.from_pretrained(source)
+    except Exception as error:  # tokenizers says no more than that of a file that it does not understand
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise CheckpointError(f"{source} does not load as an encoder with its tokenizer: {reason}.") from error
+
+
+def _attach_saved(encoder: PreTrainedModel, path: Path) -> None:
+    saved = checkpoint.read(path) if (path / checkpoint.SETTINGS).is_file() else None
+    if saved is None or saved.config is None:
+        attach(encoder)
+        return
+    try:
+        attach(encoder, saved.config)
+    except OptionError as error:
+        raise checkpoint.mismatch(path, error) from error
+    saved.load_policy(policy_of(encoder))
+
+
+def _refuse_untrained(policy: Policy[Any]) -> None:
+    """Raises OptionError where a new policy has something to learn: training a scorer would not teach it."""
+    if not _learns(policy):
+        return
+    ready = [name for name, kind in CONFIGS.items() if not _learns(build(kind(), policy.geometry))]
+    raise OptionError(
+        f"The method {policy.config.method!r} knows nothing before it is trained, which training a scorer does not do; take "
+        f"one that needs no training ({', '.join(ready)}), or leave the method out and give as the encoder the directory of a "
+        "model that was fitted with it."
+    )
+
+
+def _learns(policy: Policy[Any]) -> bool:
+    return any(True for _ in policy.parameters())
+
+
+__all__ = ["loaded", "open_encoder"]

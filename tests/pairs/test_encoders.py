@@ -1,0 +1,121 @@
+"""What a new scorer begins with: limits that its encoder can read, and a policy that knows something."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import thresher
+from helpers import make, tokenizer
+from pairs.scoring import KINDS, QUERY, TEXTS
+from thresher.errors import CheckpointError, OptionError
+from thresher.methods import CONFIGS
+from thresher.pairs import SCORERS
+from thresher.policy import Policy
+
+POSITIONS = 48
+TRAINED = {"adapler", "block-skim", "ltp", "power-bert", "tr-bert", "transkimmer"}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("encoder")
+    make("bert", "base").save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_limits_that_are_not_given_are_what_the_encoder_reads(encoder: Path, kind: str) -> None:
+    made = SCORERS[kind].from_encoder(encoder)
+    limits = (made.config.max_query, made.config.max_candidate)
+    assert limits == ((32, 16) if kind == "cross" else (POSITIONS, POSITIONS))
+    assert SCORERS[kind].from_encoder(encoder, max_query=20).config.max_query == 20
+    long = " ".join(["w9"] * 99)
+    with pytest.warns(UserWarning, match="cut"):
+        assert made.score(long, made.encode_candidates([long])).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_limits_that_are_given_are_refused_where_they_are_too_long(encoder: Path, kind: str) -> None:
+    for name in ("max_query", "max_candidate"):
+        with pytest.raises(
+            OptionError, match=rf"{name}={POSITIONS + 1} .*48 tokens that the encoder has positions for"
+        ):
+            SCORERS[kind].from_encoder(encoder, **{name: POSITIONS + 1})
+    with pytest.raises(OptionError, match="positions for"):
+        SCORERS[kind].from_encoder(encoder, SCORERS[kind].config_class())
+
+
+def test_the_sides_of_a_cross_encoder_share_its_positions() -> None:
+    limits = SCORERS["cross"].limits
+    assert limits(512, {}) == {"max_query": 256, "max_candidate": 128}
+    assert limits(384, {}) == {"max_query": 256, "max_candidate": 128}
+    for most in range(8, 384):
+        found = limits(most, {})
+        assert sum(found.values()) == most and found["max_query"] >= found["max_candidate"]
+    assert limits(48, {"max_query": 40}) == {"max_candidate": 8}
+    assert limits(512, {"max_candidate": 400}) == {"max_query": 112}
+    assert limits(512, {"max_candidate": 4, "max_query": 5}) == {}
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_method_acts_untrained_or_is_refused(encoder: Path, method: str) -> None:
+    """What is refused is what has weights to learn; the error names what is not."""
+    for kind in ("dual", "cross"):
+        limits: dict[str, Any] = {"max_query": 20, "max_candidate": 18}
+        if method in TRAINED:
+            with pytest.raises(OptionError, match="knows nothing before it is trained") as error:
+                SCORERS[kind].from_encoder(encoder, policy=method, **limits)
+            named = str(error.value).partition("(")[2].partition(")")[0].split(", ")
+            assert set(named) == set(CONFIGS) - TRAINED
+        else:
+            made = SCORERS[kind].from_encoder(encoder, policy=method, **limits)
+            assert thresher.policy_of(made.encoder).config.method == method
+            assert made.score(QUERY, made.encode_candidates(TEXTS)).isfinite().all()
+
+
+def fitted(path: Path) -> Policy[Any]:
+    """A saved classifier with thresholds that it could only have learned."""
+    model = thresher.attach(make("bert", "sequence"), thresher.LTP())
+    policy = thresher.policy_of(model)
+    with torch.no_grad():
+        policy.theta.copy_(torch.tensor([0.05, 0.1, 0.2]))
+    model.save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return policy
+
+
+def test_the_policy_of_a_fitted_model_is_kept(tmp_path: Path) -> None:
+    learned = fitted(tmp_path)
+    made = SCORERS["dual"].from_encoder(tmp_path, max_query=20)
+    policy = thresher.policy_of(made.encoder)
+    assert policy.config == thresher.LTP() and torch.equal(policy.theta, learned.theta)
+    made.save(tmp_path / "scorer")
+    again = thresher.policy_of(thresher.pairs.load(tmp_path / "scorer").encoder)
+    assert torch.equal(again.theta, learned.theta)
+    other = SCORERS["dual"].from_encoder(tmp_path, policy=thresher.AttentionMass())
+    assert thresher.policy_of(other.encoder).config == thresher.AttentionMass()
+
+
+def test_a_damaged_policy_is_said(tmp_path: Path) -> None:
+    fitted(tmp_path)
+    weights = tmp_path / "thresher.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(CheckpointError, match=r"thresher\.safetensors is not the file"):
+        SCORERS["dual"].from_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff\xfe"])
+def test_files_that_make_no_sense_are_one_sentence(encoder: Path, tmp_path: Path, name: str, content: bytes) -> None:
+    place = tmp_path / "encoder"
+    shutil.copytree(encoder, place)
+    (place / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match="does not load as an encoder") as error:
+        SCORERS["dual"].from_encoder(place)
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")
