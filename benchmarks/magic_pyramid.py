@@ -8,9 +8,8 @@ start: fine-tunes MiniLM-L6 in OUT/start, once. table: trains both models (the e
 exits on the hard-pruned model), reads held-out training rows at every pair of LTP's strength and the exit's threshold, and of
 each way takes the fastest that loses at most so many points there. These are read on the test rows; so are three thresholds
 of the union as it was trained, and groups of rows by length. LTP alone is the union with nobody leaving. The union as chosen
-for one point is saved in OUT/chosen. speed: wall-clock of
-the union that `table` chose for one point, at batch 32 and at batch 1. What is complete is not run again. --limit: a few rows,
-nothing recorded.
+for one point is saved in OUT/chosen. speed: wall-clock of that union, at batch 32 and at batch 1. What is complete is not run
+again. --limit: a few rows, nothing recorded.
 """
 
 from __future__ import annotations

@@ -105,8 +105,9 @@ def export(
             found |= _int8_cost(exact, approximate)
         (staging / TRACED).unlink()
         _write_manifest(dataclasses.replace(manifest, checked=found), staging)
+    written = files.read(directory).files
     for other in Path(directory).iterdir():
-        if GRAPH_FILE.fullmatch(other.name) and other.name not in files.read(directory).files:
+        if GRAPH_FILE.fullmatch(other.name) and other.name not in written:
             other.unlink()  # an earlier export's, which this one takes the place of
     return Export(Path(directory), runtime, **found)
 
@@ -115,20 +116,19 @@ def _finish(
     manifest: Manifest, ends: Ends, staging: Path, rows: list[dict[str, list[int]]]
 ) -> tuple[Manifest, list[Output]]:
     """Bring the graph into its runtime's form, and what it says of the rows."""
-    traced = staging / TRACED
-    links: list[tuple[Link, Any]] = []
+    sources = [staging / TRACED]
     if len(ends) > 1:
-        links = cut(_onnx().load(traced), ends)
+        links = cut(_onnx().load(sources[0]), ends)
         manifest = dataclasses.replace(manifest, chain=tuple(link for link, _ in links))
-    for number, file in enumerate(manifest.graphs):
-        source = staging / f"{TRACED}-{number}" if links else traced
-        if links:
-            _onnx().save(links[number][1], source)
+        sources = [staging / f"{TRACED}-{number}" for number in range(len(links))]
+        for source, (_, part) in zip(sources, links, strict=True):
+            _onnx().save(part, source)
+    for source, file in zip(sources, manifest.graphs, strict=True):
         if manifest.runtime == "openvino":
             _to_openvino(source, staging / file)
         else:
             shutil.copyfile(source, staging / file)
-        if links:
+        if len(ends) > 1:
             source.unlink()
     _write_manifest(manifest, staging)
     return manifest, Runner(staging, workers=1).run(rows)
