@@ -102,6 +102,22 @@ def test_auto_classes_load_the_directory(saved: Path) -> None:
     assert worst(outputs_of(make("bert"), inputs), outputs_of(plain, inputs)) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ("[]", "config.json is no JSON object"),
+        ("null", "config.json is no JSON object"),
+        ("{", "config.json is no JSON object"),
+        ('{"model_type": "bert"}', "config.json names other sizes than the weights have"),
+    ],
+)
+def test_a_config_that_makes_no_sense_says_so(saved: Path, config: str, says: str) -> None:
+    (saved / "config.json").write_text(config)
+    with pytest.raises(CheckpointError, match=says) as error:
+        thresher.load(saved)
+    one_sentence(error)
+
+
 def test_a_packed_model_without_a_policy_comes_back(tmp_path: Path) -> None:
     inputs = batch("bert")
     model = thresher.attach(make("bert"))

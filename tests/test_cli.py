@@ -339,7 +339,8 @@ def test_the_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_models_of_every_kind_go_to_the_device(place: Path) -> None:
     """Meta stands for a GPU: a device other than the one that models load to by themselves."""
-    from thresher.cli.models import open_model, open_start
+    from thresher.cli.models import open_model
+    from thresher.cli.starting import open_start
 
     opened = [open_model(str(place / name), "meta").model for name in ("fitted", "clf", "base")]
     rows = datasets.Dataset.from_list(synthetic(4))

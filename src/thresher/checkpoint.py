@@ -20,6 +20,7 @@ from torch import Tensor
 
 from thresher.errors import CheckpointError, OptionError
 from thresher.exits import Exit, ExitConfig, exit_class
+from thresher.foreign import loaded
 from thresher.linears import Precision
 from thresher.methods import config_class
 from thresher.policy import Policy, PolicyConfig
@@ -120,22 +121,23 @@ class Saved:
 
     def load_plain(self, device: Any = None) -> Any:
         """The model without its policy, in eval mode."""
-        try:
-            if self.outer in ("SentenceTransformer", "CrossEncoder"):
-                import sentence_transformers
+        if self.outer in ("SentenceTransformer", "CrossEncoder"):
+            return loaded(lambda: self._load_outer(device), self.directory, self.outer)
+        model = loaded(self._load_inner, self.directory, self.model_class)
+        return model.eval() if device is None else model.eval().to(device)
 
-                return getattr(sentence_transformers, self.outer)(
-                    str(self.directory), device=None if device is None else str(device)
-                )
-            model = getattr(transformers, self.model_class).from_pretrained(self.directory)
+    def _load_outer(self, device: Any) -> Any:
+        try:
+            import sentence_transformers
         except ImportError as error:
             raise CheckpointError(
                 f'{self.directory} holds a {self.outer}: install it with pip install "thresher[embed]".'
             ) from error
-        except (OSError, SafetensorError, AttributeError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CheckpointError(f"{self.directory} does not load as {self.model_class}: {reason}") from error
-        return model.eval() if device is None else model.eval().to(device)
+        kind = getattr(sentence_transformers, self.outer)
+        return kind(str(self.directory), device=None if device is None else str(device))
+
+    def _load_inner(self) -> Any:
+        return getattr(transformers, self.model_class).from_pretrained(self.directory)
 
     def load_policy(self, policy: Policy[Any]) -> None:
         """Fill a policy built from `config` with what it had learned."""

@@ -34,6 +34,11 @@ class TargetError(ThresherError):
     """A calibration target cannot be met."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error of another library says, without the advice that follows and without a full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest known names, or the list of them when none is close."""
     names = sorted(known)

@@ -174,7 +174,7 @@ def compare(
     begun = time.monotonic()
 
     from thresher.cli.data import kind_asked
-    from thresher.cli.models import open_start
+    from thresher.cli.starting import open_start
     from thresher.comparing import Clock
     from thresher.comparing import compare as contest
     from thresher.comparing.contestants import contestants

@@ -162,7 +162,7 @@ def fit(
 
     from thresher.cli.data import kind_asked, training_rows
     from thresher.cli.graphs import in_windows
-    from thresher.cli.models import open_start
+    from thresher.cli.starting import open_start
 
     kind = kind_asked(task, data)
     limits = (limit, validation_limit)

@@ -11,7 +11,8 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from thresher.cli.models import Opened, open_model, real_names
+from thresher.cli.checkpoints import real_names
+from thresher.cli.models import Opened, open_model
 from thresher.cli.options import assignments, convert, field_types, place_of
 from thresher.cli.work import EmbeddingWork, TextWork, Work
 from thresher.errors import OptionError

@@ -70,9 +70,9 @@ def post_train(
     directory_to_write(out)
     place = place_of(device)
 
+    from thresher.cli.checkpoints import find
     from thresher.cli.data import read_rows
     from thresher.cli.fitting import bar_callback
-    from thresher.cli.models import find
     from thresher.tasks.data import map_columns
     from thresher.training import post_train as train
 

@@ -115,8 +115,8 @@ def fit_scorer(
     columns = assignments(column, "--column")
     place = place_of(device)
 
+    from thresher.cli.checkpoints import find
     from thresher.cli.data import read_rows
-    from thresher.cli.models import find
     from thresher.pairs.evaluation import evaluate, rankable
     from thresher.pairs.losses import PairLoss
     from thresher.pairs.saving import load, scorer_class

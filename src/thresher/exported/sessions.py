@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from thresher.errors import CheckpointError, ThresherError
+from thresher.errors import CheckpointError, ThresherError, first_line
 from thresher.exported.directory import Runtime
 
 Session = Callable[[dict[str, NDArray[np.int64]]], Sequence[NDArray[Any]]]
@@ -39,7 +39,7 @@ def open_session(runtime: Runtime, graph: Path, outputs: Sequence[str], threads:
     try:
         return make(module, graph, list(outputs), threads)
     except Exception as error:  # each runtime has errors of its own
-        raise CheckpointError(f"{graph} does not load in {module.__name__}: {_first_line(error)}") from error
+        raise CheckpointError(f"{graph} does not load in {module.__name__}: {first_line(error)}.") from error
 
 
 def _onnx(onnxruntime: Any, graph: Path, outputs: list[str], threads: int) -> Session:
@@ -87,11 +87,6 @@ def cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on every system
         return os.cpu_count() or 1
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 __all__ = ["Session", "cores", "open_session", "require"]

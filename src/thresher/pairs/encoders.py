@@ -8,7 +8,8 @@ from typing import Any
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from thresher import checkpoint
-from thresher.errors import CheckpointError, OptionError
+from thresher.errors import OptionError
+from thresher.foreign import loaded
 from thresher.methods import CONFIGS, build
 from thresher.model import attach, policy_of
 from thresher.policy import Policy, PolicyConfig
@@ -21,7 +22,7 @@ def open_encoder(source: Any, policy: PolicyConfig | str | None) -> tuple[PreTra
     Raises CheckpointError where nothing can be loaded from `source`, OptionError for a policy that knows nothing before it is
     trained, or does not fit the encoder.
     """
-    encoder, tokenizer = loaded(AutoModel, source).eval(), loaded(AutoTokenizer, source)
+    encoder, tokenizer = opened(AutoModel, source).eval(), opened(AutoTokenizer, source)
     if policy is None:
         _attach_saved(encoder, Path(source).expanduser())
     else:
@@ -30,13 +31,9 @@ def open_encoder(source: Any, policy: PolicyConfig | str | None) -> tuple[PreTra
     return encoder, tokenizer
 
 
-def loaded(kind: Any, source: Any) -> Any:
+def opened(kind: Any, source: Any) -> Any:
     """What one of transformers' Auto classes loads from a directory or the hub. Raises CheckpointError."""
-    try:
-        return kind.from_pretrained(source)
-    except Exception as error:  # tokenizers says no more than that of a file that it does not understand
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise CheckpointError(f"{source} does not load as an encoder with its tokenizer: {reason}.") from error
+    return loaded(lambda: kind.from_pretrained(source), source, "an encoder with its tokenizer")
 
 
 def _attach_saved(encoder: PreTrainedModel, path: Path) -> None:

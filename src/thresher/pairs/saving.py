@@ -19,7 +19,7 @@ from thresher.pairs.colbert import ColBERT
 from thresher.pairs.cross import CrossEncoder
 from thresher.pairs.deformer import DeFormer
 from thresher.pairs.dual import DualEncoder
-from thresher.pairs.encoders import loaded
+from thresher.pairs.encoders import opened
 from thresher.pairs.mixencoder import MixEncoder
 from thresher.pairs.poly import PolyEncoder
 from thresher.pairs.scorer import Scorer
@@ -87,7 +87,7 @@ def load(directory: Any, *, device: str | torch.device | None = None) -> Any:
     encoder = models.load(path)
     try:
         scorer_type = scorer_class(kind)
-        scorer = scorer_type(encoder, loaded(AutoTokenizer, path), scorer_type.config_class.from_dict(config))
+        scorer = scorer_type(encoder, opened(AutoTokenizer, path), scorer_type.config_class.from_dict(config))
         extra = safetensors.torch.load_file(weights)
         missing, unexpected = scorer.load_state_dict(extra, strict=False)
         lacking = [name for name in missing if not name.startswith(ENCODER)]

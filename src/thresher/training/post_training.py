@@ -35,7 +35,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from thresher.checkpoint import staged
-from thresher.errors import CheckpointError, OptionError, UnsupportedModelError
+from thresher.errors import CheckpointError, OptionError, UnsupportedModelError, first_line
 from thresher.model import attach, detach
 from thresher.tasks.responses import prepare
 from thresher.tasks.windows import Windows, read_dialogues
@@ -231,9 +231,9 @@ def _load(start: str | Path, max_length: int) -> tuple[PostTraining, PreTrainedT
             )
             masked = AutoModelForMaskedLM.from_pretrained(start)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{start} does not load: {_first_line(error)}") from error
+        raise CheckpointError(f"{start} does not load: {first_line(error)}") from error
     except (ValueError, KeyError) as error:  # what transformers says of a family without such a head
-        raise UnsupportedModelError(f"{start} is no encoder that can be post-trained: {_first_line(error)}") from error
+        raise UnsupportedModelError(f"{start} is no encoder that can be post-trained: {first_line(error)}") from error
     if tokenizer.mask_token is None:
         raise OptionError(f"The tokenizer of {start} has no mask token, without which no word can be masked.")
     longest = _longest(classifier.base_model)
@@ -256,10 +256,6 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _longest(encoder: nn.Module) -> int | None:
