@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -160,11 +161,31 @@ class Engine:
 
     def start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass | None:
         """The pass for one call of the encoder with these arguments; None when it is to run as stock."""
-        base = self.entrance.base
         if _bypassed.get():
             return None
-        given = self.signature.bind_partial(base, *args, **kwargs).arguments
-        extra = given.get("kwargs", {})
+        given = self.signature.bind_partial(self.entrance.base, *args, **kwargs).arguments
+        self._refuse_what_cannot_be_had(given)
+        ids = given.get("input_ids")
+        like = given.get("inputs_embeds") if ids is None else ids
+        if like is None:
+            return None  # transformers' own error says what is missing
+        if len(like) == 0:
+            raise DataError("The batch has no rows; give an attached model at least one.")
+        mask, segments = _mask_in(given), self._segments(given)
+        policy, exit, edits = self._acting(like.device)
+        return Pass(
+            self.entrance,
+            policy,
+            exit,
+            edits,
+            mask=mask,
+            segments=segments,
+            protected=None if policy is None else protected_tokens(policy.config, ids, segments),
+            simulated=_simulated.get(),
+        )
+
+    def _refuse_what_cannot_be_had(self, given: Mapping[str, Any]) -> None:
+        base, extra = self.entrance.base, given.get("kwargs", {})
         for name in ("output_hidden_states", "output_attentions"):
             value = given.get(name, extra.get(name))
             if value or (value is None and getattr(self.model.config, name, False)):
@@ -177,43 +198,29 @@ class Engine:
                 "Gradient checkpointing would run the layers a second time without their pass; switch it off (packed "
                 "training needs less memory already)."
             )
-        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        like = ids if ids is not None else embeds
-        if like is None:
-            return None  # transformers' own error says what is missing
-        if len(like) == 0:
-            raise DataError("The batch has no rows; give an attached model at least one.")
-        # A graph is traced for one sequence without padding, whatever mask the model's head is given.
-        mask = None if being_exported() else given.get("attention_mask")
-        if mask is not None and mask.dim() != 2:
-            raise OptionError(
-                f"An attached model takes an attention mask of shape [batch, tokens], not {list(mask.shape)}."
-            )
-        segments = given.get("token_type_ids")
+
+    def _segments(self, given: Mapping[str, Any]) -> Tensor | None:
+        """The segment of each token: as given, or by where the first one ends in families that are not told."""
+        ids: Tensor | None = given.get("input_ids")
+        segments: Tensor | None = given.get("token_type_ids")
         named = None if self.policy is None else self.policy.config.segment_end
         end = named or self.entrance.segment_end
-        if segments is None and ids is not None and end is not None:
-            ends = (ids == end).long()
-            segments = (ends.cumsum(1) - ends > 0).long()
+        if segments is not None or ids is None or end is None:
+            return segments
+        ends = (ids == end).long()
+        return (ends.cumsum(1) - ends > 0).long()
+
+    def _acting(self, device: torch.device) -> tuple[Policy[Any] | None, Exit[Any] | None, outputs.Edits | None]:
+        """The policy and the exit that act on this call, ready for it, and where rows that leave write their answers."""
         policy, exit, edits = self.policy, self.exit, outputs.expected()
-        if policy is not None:
-            policy.follow(like.device, base.training)
-        if exit is not None:
-            exit.follow(like.device, base.training)
+        for part in (policy, exit):
+            if part is not None:
+                part.follow(device, self.entrance.base.training)
         if policy is not None and (policy.mode == "off" or _keeping.get()):
             policy = None
         if exit is not None and (exit.idle or _keeping.get() or edits is None):
             exit = None
-        return Pass(
-            self.entrance,
-            policy,
-            exit,
-            edits,
-            mask=mask,
-            segments=segments,
-            protected=None if policy is None else protected_tokens(policy.config, ids, segments),
-            simulated=_simulated.get(),
-        )
+        return policy, exit, edits
 
     def on_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         now = _current.get()
@@ -307,6 +314,17 @@ def _instead(one: Instead, *args: Any, **kwargs: Any) -> Any:
     if _current.get() is None:
         return getattr(type(one.module), one.name)(one.module, *args, **kwargs)
     return one.function(one.module, _attention, *args, **kwargs)
+
+
+def _mask_in(given: Mapping[str, Any]) -> Tensor | None:
+    """[batch, tokens], or None for no padding."""
+    # A graph is traced for one sequence without padding, whatever mask the model's head is given.
+    mask: Tensor | None = None if being_exported() else given.get("attention_mask")
+    if mask is not None and mask.dim() != 2:
+        raise OptionError(
+            f"An attached model takes an attention mask of shape [batch, tokens], not {list(mask.shape)}."
+        )
+    return mask
 
 
 def _gather_rotary(table: Tensor, tokens: PackedTokens) -> Tensor:
