@@ -27,7 +27,7 @@ from thresher.comparing.keeping import Kept
 from thresher.comparing.standings import Standing, Target, apply, frontier, pick
 from thresher.errors import DataError, OptionError
 from thresher.model import attach, attachment_of, save
-from thresher.policy import PolicyConfig
+from thresher.policy import PolicyConfig, Stage
 
 if TYPE_CHECKING:
     import datasets
@@ -182,19 +182,7 @@ def compare(
     plans, left_out = _plans(contest, asked, model, strict=methods is not None)
     keeping.begin(directory, settings)
     kept = {one: Kept(contest.place(one), one.to_dict()) for one in plans}
-    for of in kept.values():
-        of.reopen(target)
-    progress.costs += _costs(contest, plans, kept, targets, clock)
-    progress.step("the start")
-    contest.make_start(model, learning)
-    baseline = contest.baseline()
-    for one, plan in plans.items():
-        progress.step(one.name)
-        if not all(kept[one].has(each.key) for each in wanted(one, targets)):
-            contest.settle(one, contest.trained(one, plan), kept[one], targets, target)
-    progress.step("wall-clock")
-    if clock is not None:
-        _time(contest, plans, kept, frontier(_standings(kept, targets)), clock)
+    baseline = _held(contest, model, learning, plans, kept, targets, clock)
     standings = _standings(kept, targets)
     best = frontier(standings)
     picked, nearest = pick(best, target, baseline[0])
@@ -261,6 +249,34 @@ def _plans(
             left_out[one.name] = str(error)
     attach(model)
     return plans, left_out
+
+
+def _held(
+    contest: Contest,
+    model: Any,
+    learning: Stage | None,
+    plans: Mapping[Contestant, Plan],
+    kept: Mapping[Contestant, Kept],
+    targets: Sequence[Target],
+    clock: Clock | None,
+) -> tuple[float, float]:
+    """Train the start and every contestant, set each to all targets, and time the frontier; what is `kept` already is not done
+    again. targets: that of the run last. Returns the start's quality on the rows for choosing and for judging."""
+    target, progress = targets[-1], contest.progress
+    for of in kept.values():
+        of.reopen(target)
+    progress.costs += _costs(contest, plans, kept, targets, clock)
+    progress.step("the start")
+    contest.make_start(model, learning)
+    baseline = contest.baseline()
+    for one, plan in plans.items():
+        progress.step(one.name)
+        if not all(kept[one].has(each.key) for each in wanted(one, targets)):
+            contest.settle(one, contest.trained(one, plan), kept[one], targets, target)
+    progress.step("wall-clock")
+    if clock is not None:
+        _time(contest, plans, kept, frontier(_standings(kept, targets)), clock)
+    return baseline
 
 
 def _costs(
