@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 import thresher
-from block_skim import FILE, at, joint, lost, plain
+from block_skim import at, joint, lost, plain
 from questions import Bench
 from thresher.measure.run import collate
 from thresher.methods.block_skim import Accuracy, predictor_accuracy
 from thresher.model import evaluating, find_encoder, policy_of
 
+FILE = "block_skim_ablations"
 SPEEDUP = 1.6
 WINDOWS = 1_000  # that predictors are judged on
 LABELS = ("start_positions", "end_positions")

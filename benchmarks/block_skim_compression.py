@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import thresher
-from block_skim import FILE, at, joint, lost, plain
+from block_skim import at, joint, lost, plain
 from questions import Bench
 from thresher.errors import UnsupportedModelError
 from thresher.measure.flops import dense_flops
@@ -21,6 +21,7 @@ from thresher.model import attachment_of, detach, policy_of
 from thresher.report import frontier_chart
 from thresher.training.students import DISTIL
 
+FILE = "block_skim_compression"
 SPEEDUPS = (1.3, 1.6)
 WINDOWS = 300  # that the importance of heads is measured on
 

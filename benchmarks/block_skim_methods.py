@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import thresher
-from block_skim import FILE, joint, lost, plain
+from block_skim import joint, lost, plain
 from questions import METRIC, Bench, Judged
 from responses import nearest
 from thresher.errors import TargetError
@@ -23,6 +23,7 @@ from thresher.policy import PolicyConfig
 from thresher.report import frontier_chart
 from thresher.training import frontiers
 
+FILE = "block_skim_methods"
 SPEEDUPS = (1.3, 1.6, 2.0)
 
 
