@@ -118,7 +118,9 @@ class Bench(Texts):
         print(f"{id}: {value:.4g} {unit} {about.get('spread') or ''}", flush=True)
         if not self.dry:
             given = {"data": self.args.name, "split": self.judged, "seeds": [self.args.seed], **about}
-            record("adapler", f"adapler-{self.args.name}-{id}", what, value, unit, **given)
+            part = self.args.command
+            file = "adapler" if part in ("target", "speed") else f"adapler_{part}"
+            record(file, f"adapler-{self.args.name}-{id}", what, value, unit, **given)
 
     @property
     def note(self) -> str:

@@ -37,7 +37,6 @@ from thresher.pairs import SCORERS, Index, PairLoss, evaluate, evaluate_corpus, 
 from thresher.pairs.store import CandidateStore
 from thresher.tasks.data import load_rows
 
-FILE = "pair_scoring"
 LENGTHS = {"ubuntu_irc": (192, 64), "mutual": (192, 64), "wikiqa": (32, 96), "reqa_squad": (48, 96)}
 EVALUATED = {"ubuntu_irc": "test", "mutual": "validation", "wikiqa": "test", "reqa_squad": "test"}
 COSINE = {"similarity": "cosine"}
@@ -126,7 +125,7 @@ def _learned(args: argparse.Namespace, name: str, way: Way) -> dict[str, float]:
     print(f"{args.name} {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.metrics.items()), flush=True)
     if not args.limit:
         record(
-            FILE,
+            "pair_quality",
             f"pairs-{args.name}-{name}-{args.passes}",
             f"MRR, {name}",
             found.metrics["MRR"],
@@ -222,7 +221,7 @@ def _measured(args: argparse.Namespace, made: dict[str, Any], what: str) -> None
             about = {"data": args.name, "split": EVALUATED[args.name], "examples": len(texts), "seeds": [args.seed]}
             note = f"1 query, {len(texts)} candidates encoded beforehand; {torch.get_num_threads()} threads"
             record(
-                FILE,
+                "pair_speed",
                 f"pairs-{what}-{args.name}-{name}",
                 f"speedup of {name} over the cross-encoder without padding",
                 over["packed"].median,
@@ -292,7 +291,7 @@ def scaling(args: argparse.Namespace) -> None:
             print(f"{name} {count}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items()), flush=True)
             if not args.limit:
                 record(
-                    FILE,
+                    "pair_scaling",
                     f"pairs-scaling-{name}-{count}",
                     f"one query ranked among {count:,} candidates on disk, {name}",
                     found.pop("seconds"),
