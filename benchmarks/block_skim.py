@@ -145,6 +145,7 @@ def run_measure(bench: Bench) -> None:
                 "low": round(spread.low, 3),
                 "high": round(spread.high, 3),
                 "flops_of_these_rows": round(found.flops, 3),
+                "by_equation_4": round(found.on_paper or 0.0, 3),
                 "flops_of_the_dev_set": round(judged.speedup, 3),
                 "realised": round(spread.median / found.flops, 3),
             },

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import thresher
 from helpers import FAMILIES, HIDDEN, LENGTHS, batch, build, config_of, make, outputs_of, settings
 from thresher.errors import OptionError
-from thresher.measure.flops import dense_flops, flops, skimming_speedup, speedup
+from thresher.measure.flops import dense_flops, flops, kept_by_layer, skimming_speedup, speedup
 from thresher.measure.layer import layer_flops
 from thresher.methods import CONFIGS
 from thresher.model import attachment_of, policy_of
@@ -134,6 +134,18 @@ def test_the_speedup_of_skimming_on_paper() -> None:
     for wrong in ([], [0.0], [0.5, 1.1]):
         with pytest.raises(OptionError, match="kept fractions"):
             skimming_speedup(wrong)
+
+
+def test_what_layers_kept_goes_into_the_formula() -> None:
+    """Layer by layer the fractions telescope to the tokens that were fed forward."""
+    model, inputs = thresher.attach(make("bert"), "first"), batch("bert")
+    with thresher.tracing() as traces:
+        outputs_of(model, inputs)
+        outputs_of(model, inputs)
+    fed = [sum(feeds) for _, feeds in traces[0].reads]
+    kept = kept_by_layer(traces)
+    assert kept == [now / before for before, now in zip([sum(LENGTHS), *fed], fed, strict=False)]
+    assert skimming_speedup(kept) == pytest.approx(len(fed) * sum(LENGTHS) / sum(fed))
 
 
 def test_several_passes_add_up_and_none_is_one() -> None:

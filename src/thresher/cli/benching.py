@@ -162,11 +162,16 @@ def _of_model(
         "threads": first.threads,
         "device": first.device,
         "flops": first.flops,
+        "on_paper": first.on_paper,
         "batch_sizes": [_record(one) for one in comparisons],
     }
     if stages:
         found["profile"] = [{"batch_size": size, "seconds": asdict(times)} for size, times in stages]
     shown = _shown(comparisons, about)
+    if first.on_paper is not None and first.on_paper > 1:
+        shown.append(
+            f"By equation 4 of Block-Skim, which counts nothing but the tokens that each layer kept: {ratio(first.on_paper)}."
+        )
     measured = {one.batch_size: one.measured.median for one in comparisons} if _reads_less(opened) else {}
     if (remark := slower(about["directory"], first.tokens_per_row, first.flops, measured)) is not None:
         shown.append(remark)

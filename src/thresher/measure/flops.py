@@ -54,6 +54,16 @@ def skimming_speedup(kept: Sequence[float]) -> float:
     return len(kept) / sum(math.prod(kept[: layer + 1]) for layer in range(len(kept)))
 
 
+def kept_by_layer(traces: Sequence[Trace]) -> list[float]:
+    """Of the tokens that reached each layer, the fraction that its feed-forward read: what equation 4 begins from."""
+    before, kept = sum(sum(trace.original) for trace in traces), []
+    for layer in range(len(traces[0].reads)):
+        fed = sum(sum(trace.reads[layer][1]) for trace in traces)
+        kept.append(fed / before)
+        before = fed
+    return kept
+
+
 def speedup(
     traces: Iterable[Trace] | Sequence[Trace],
     geometry: Geometry,

@@ -15,7 +15,7 @@ import torch
 from thresher.engine import keep_everything, stock
 from thresher.errors import OptionError
 from thresher.linears import plain_kernels
-from thresher.measure.flops import speedup
+from thresher.measure.flops import kept_by_layer, skimming_speedup, speedup
 from thresher.measure.run import answers, batches, collate
 from thresher.model import attachment_of, evaluating, find_encoder
 from thresher.policy import tracing
@@ -101,7 +101,8 @@ class Comparison:
     collating. Every gain is a ratio over the same batches and of one step, so that none holds what sorting, padding or faster
     kernels gain.
 
-    flops: FLOPs of packed / FLOPs of thresher. threads: torch's, on the CPU.
+    flops: FLOPs of packed / FLOPs of thresher. on_paper: the same by equation 4 of Block-Skim, which knows only how many tokens
+    each layer kept; None where rows or tokens leave by an exit. threads: torch's, on the CPU.
     """
 
     timings: Mapping[str, Timing]
@@ -109,6 +110,7 @@ class Comparison:
     rows: int
     tokens_per_row: float
     flops: float
+    on_paper: float | None
     threads: int
     device: str
 
@@ -180,9 +182,11 @@ def compare(
         with tracing() as traces:
             variants[THRESHER]()
         flops = speedup(traces, attachment.engine.entrance.geometry, attachment.policy, attachment.exit)
+        on_paper = None if attachment.exit else skimming_speedup(kept_by_layer(traces))
         timings = paired(variants, rounds=rounds, warmup=warmup, on_round=on_round)
     tokens = sum(len(ids) for ids in rows["input_ids"])
-    return Comparison(timings, batch_size, len(rows), tokens / len(rows), flops, torch.get_num_threads(), str(device))
+    threads = torch.get_num_threads()
+    return Comparison(timings, batch_size, len(rows), tokens / len(rows), flops, on_paper, threads, str(device))
 
 
 def _forward(model: Any, batch: dict[str, torch.Tensor]) -> None:
