@@ -153,6 +153,7 @@ def main(bench: Bench) -> None:
                 "points",
                 baseline=f"plain training, packed: F1 {start.f1:.2f}",
                 spread=lost(found, start),
+                cell=("F1 lost", name, f"about {speedup}x"),
                 note=f"{bench.args.evaluations} evaluations for each method that searches; PoWER-BERT and LTP trained at "
                 f"{bench.args.trained_at}x",
             )

@@ -58,8 +58,12 @@ def record(
     examples: int | None = None,
     seeds: list[int] | None = None,
     note: str = "",
+    cell: tuple[str, str, str] | None = None,
 ) -> dict[str, Any]:
-    """Write one record (replacing an older one of the same id) and return it. target: e.g. ">= 2.5"."""
+    """Write one record (replacing an older one of the same id) and return it. target: e.g. ">= 2.5".
+
+    cell: heading, row and column of a table in which the documents show it; it then has "flops_speedup" in its spread.
+    """
     entry = {
         "id": id,
         "what": what,
@@ -77,6 +81,7 @@ def record(
         "versions": versions(),
         "date": date.today().isoformat(),
         "note": note,
+        **({"cell": cell} if cell else {}),
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{file}.json"
@@ -127,7 +132,35 @@ def summary(entries: dict[str, dict[str, Any]]) -> str:
 
 
 def markdown(entries: list[dict[str, Any]]) -> str:
-    """A table of records, the missed targets marked as missed."""
+    """Records as tables: one of those without a cell, missed targets marked, and one a heading of the others."""
+    alone = [entry for entry in entries if not entry.get("cell")]
+    tables = [_listed(alone)] if alone else []
+    headings = dict.fromkeys(entry["cell"][0] for entry in entries if entry.get("cell"))
+    tables += [
+        _grid(heading, [e for e in entries if e.get("cell") and e["cell"][0] == heading]) for heading in headings
+    ]
+    return "\n\n".join(tables)
+
+
+def _grid(heading: str, entries: list[dict[str, Any]]) -> str:
+    """Each cell: the value, and the FLOPs ratio that it was found at."""
+    rows, columns = (list(dict.fromkeys(entry["cell"][place] for entry in entries)) for place in (1, 2))
+    found = {tuple(entry["cell"][1:]): entry for entry in entries}
+
+    def said(row: str, column: str) -> str:
+        entry = found.get((row, column))
+        if entry is None:
+            return "-"
+        error = entry["spread"].get("standard_error")
+        return f"{entry['value']:.2f}{f' ± {error}' if error else ''} ({entry['spread']['flops_speedup']:.2f}x)"
+
+    lines = [f"| {heading} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    lines += [f"| {row} | {' | '.join(said(row, column) for column in columns)} |" for row in rows]
+    against = dict.fromkeys(entry["baseline"] for entry in entries if entry["baseline"])
+    return "\n".join([*lines, "", f"Against {'; '.join(against)}."] if against else lines)
+
+
+def _listed(entries: list[dict[str, Any]]) -> str:
     lines = ["| record | what | value | target | holds | against |", "|---|---|---|---|---|---|"]
     for entry in entries:
         verdict = {True: "yes", False: "**missed**", None: ""}[holds(entry)]

@@ -108,3 +108,21 @@ def test_make_knows_its_targets() -> None:
         pytest.skip("make is not installed")
     done = subprocess.run(["make", "--dry-run", "test", "demo", "lint"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_records_with_a_cell_become_a_table_of_methods(records: ModuleType) -> None:
+    def entry(id: str, value: float, **more: object) -> dict[str, object]:
+        spread = {"flops_speedup": 1.5, "standard_error": 0.25}
+        return {"id": id, "what": id, "value": value, "unit": "points", "target": None, "spread": spread,
+                "baseline": "the start", "seeds": [0], **more}  # fmt: skip
+
+    said = records.markdown(
+        [
+            entry("alone", 3.0),
+            entry("a", 1.0, cell=["F1 lost", "LTP", "1.5x"]),
+            entry("b", -0.126, cell=["F1 lost", "ASE", "2.0x"]),
+        ]
+    )
+    assert said.count("| alone |") == 1
+    assert "| F1 lost | 1.5x | 2.0x |\n|---|---|---|\n| LTP | 1.00 ± 0.25 (1.50x) | - |\n| ASE | - | -0.13" in said
+    assert said.endswith("Against the start.")
