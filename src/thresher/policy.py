@@ -277,6 +277,11 @@ class Policy(nn.Module, Generic[ConfigT]):
         if one is not None and one.device != device:
             self.to(device)
 
+    @property
+    def needs_training(self) -> bool:
+        """Whether it has numbers of its own to learn before what it drops means anything."""
+        return any(True for _ in self.parameters())
+
     def wants(self, layer: int) -> Wanted:
         """Evidence from `layer`'s attention."""
         return NOTHING

@@ -122,13 +122,13 @@ def _described(config: Any) -> dict[str, Any]:
     from thresher.methods import build
     from thresher.policy import Geometry
 
-    # A policy that has parameters has something to learn; the sizes do not matter to that.
+    # The sizes do not matter to what is asked of it.
     policy = build(config(), Geometry(layers=6, hidden=8, heads=1, intermediate=16))
     shared = _shared()
     return {
         "name": config.method,
         "what": _first_sentence(config.__doc__ or ""),
-        "needs_training": any(True for _ in policy.parameters()),
+        "needs_training": policy.needs_training,
         "stages": [stage.name for stage in policy.stages()],
         "exports": config.exports,
         "settings": {f.name: f.default for f in dataclasses.fields(config) if f.name not in shared},

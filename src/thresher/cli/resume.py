@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,4 +66,6 @@ def _same_run(work: Path, settings: dict[str, Any]) -> None:
             )
         notice(f"Going on with the unfinished run in {work}")
     work.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    staging = file.with_name(f"{file.name}.{os.getpid()}")  # under torchrun every process writes the same
+    staging.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    staging.replace(file)

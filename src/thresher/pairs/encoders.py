@@ -50,9 +50,9 @@ def _attach_saved(encoder: PreTrainedModel, path: Path) -> None:
 
 def _refuse_untrained(policy: Policy[Any]) -> None:
     """Raises OptionError where a new policy has something to learn: training a scorer would not teach it."""
-    if not _learns(policy):
+    if not policy.needs_training:
         return
-    ready = [name for name, kind in CONFIGS.items() if not _learns(build(kind(), policy.geometry))]
+    ready = [name for name, kind in CONFIGS.items() if not build(kind(), policy.geometry).needs_training]
     raise OptionError(
         f"The method {policy.config.method!r} knows nothing before it is trained, which training a scorer does not do; take "
         f"one that needs no training ({', '.join(ready)}), or leave the method out and give as the encoder the directory of a "
@@ -60,8 +60,4 @@ def _refuse_untrained(policy: Policy[Any]) -> None:
     )
 
 
-def _learns(policy: Policy[Any]) -> bool:
-    return any(True for _ in policy.parameters())
-
-
-__all__ = ["loaded", "open_encoder"]
+__all__ = ["open_encoder", "opened"]
