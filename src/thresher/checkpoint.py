@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -24,10 +23,21 @@ from thresher.foreign import loaded
 from thresher.linears import Precision
 from thresher.methods import config_class
 from thresher.policy import Policy, PolicyConfig
+from thresher.stamped import DIGEST, check_weights, read_settings, sha256
 
 FORMAT = 1
 SETTINGS = "thresher.json"
 WEIGHTS = "thresher.safetensors"
+OPTIONAL = type(None)
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "method": (str, OPTIONAL),
+    "config": dict,
+    "model_class": str,
+    "outer": str,
+    "notes": dict,
+    "precision": str,
+    "exit": (dict, OPTIONAL),
+}
 OF_EXIT = "exit."  # what the names of an exit's weights begin with
 
 
@@ -83,7 +93,7 @@ def write(
             "config": policy.config.to_dict() if policy else {},
             "model_class": model_class.__name__,
             "outer": outer,
-            "weights_sha256": _sha256(staging / WEIGHTS),
+            DIGEST: sha256(staging / WEIGHTS),
             "notes": notes,
             "precision": precision,
             "exit": _described(exit) if exit else None,
@@ -100,10 +110,6 @@ def _described(exit: Exit[Any]) -> dict[str, Any]:
         "hidden": hidden,
         "outputs": outputs,
     }
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -182,49 +188,30 @@ def read(directory: Any) -> Saved:
         raise CheckpointError(
             f"{path} has no {SETTINGS}, so it was not saved by Thresher; load it with transformers and call thresher.attach."
         )
+    settings = read_settings(
+        file, FIELDS, FORMAT, "model", defaults={"notes": {}, "precision": "float32", "exit": None}
+    )
+    exit = settings["exit"] or {}
+    check_weights(path / WEIGHTS, file, settings[DIGEST], "model")
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        version = settings["format"]
-        method, values = settings["method"], settings["config"]
-        model_class, outer, digest = settings["model_class"], settings["outer"], settings["weights_sha256"]
-        notes = settings.get("notes", {})
-        precision = settings.get("precision", "float32")
-        exit = settings.get("exit") or {}
-        if precision not in get_args(Precision):
-            raise ValueError(f"precision is {precision!r}")
-        for name, value, kind in (
-            ("config", values, dict),
-            ("model_class", model_class, str),
-            ("outer", outer, str),
-            ("notes", notes, dict),
-            ("exit", exit, dict),
-        ):
-            if not isinstance(value, kind):
-                raise TypeError(f"{name} is {value!r}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{file} is corrupted ({type(error).__name__}: {error}); save the model again."
-        ) from error
-    if version != FORMAT:
-        raise CheckpointError(
-            f"{file} has format {version!r}, this version reads {FORMAT}; use a matching version of thresher."
-        )
-    weights = path / WEIGHTS
-    if not weights.is_file():
-        raise CheckpointError(
-            f"{path} has {SETTINGS} but no {WEIGHTS}; copy the whole directory or save the model again."
-        )
-    if _sha256(weights) != digest:
-        raise CheckpointError(
-            f"{weights} is not the file that {SETTINGS} was written with (checksum differs); save the model again."
-        )
-    try:
-        config = None if method is None else config_class(method).from_dict(values)
+        if settings["precision"] not in get_args(Precision):
+            raise ValueError(f"precision is {settings['precision']!r}")
+        method = settings["method"]
+        config = None if method is None else config_class(method).from_dict(settings["config"])
         exit_config = exit_class(exit["method"]).from_dict(exit["config"]) if exit else None
         sizes = tuple(int(exit[name]) for name in ("layers", "hidden", "outputs")) if exit else ()
     except (OptionError, TypeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{file} is corrupted: {error}") from error
-    return Saved(path, config, model_class, outer, notes, precision, exit_config, sizes)
+        raise CheckpointError(f"{file} is corrupted ({error}); save the model again.") from error
+    return Saved(
+        path,
+        config,
+        settings["model_class"],
+        settings["outer"],
+        settings["notes"],
+        settings["precision"],
+        exit_config,
+        sizes,
+    )
 
 
 __all__ = ["SETTINGS", "WEIGHTS", "Saved", "mismatch", "read", "staged", "write"]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from thresher.errors import CheckpointError
+from thresher.stamped import sha256
 
 FORMAT = 2
 MANIFEST = "exported.json"
@@ -77,11 +77,6 @@ class Manifest:
         files = {str(f.relative_to(directory)): sha256(f) for f in sorted(directory.rglob("*")) if f.is_file()}
         text = json.dumps({"format": FORMAT, **asdict(self), "files": files}, indent=1)
         (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_exported(directory: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from thresher.pairs.mixencoder import MixEncoder
 from thresher.pairs.poly import PolyEncoder
 from thresher.pairs.scorer import Scorer
 from thresher.pairs.virt import VIRT
+from thresher.stamped import DIGEST, check_weights, read_settings, sha256
 
 FORMAT = 1
 SETTINGS = "scorer.json"
@@ -57,7 +57,7 @@ def save(scorer: Scorer[Any], directory: Any) -> None:
             "format": FORMAT,
             "scorer": scorer.config.kind,
             "config": scorer.config.to_dict(),
-            "weights_sha256": _sha256(staging / WEIGHTS),
+            DIGEST: sha256(staging / WEIGHTS),
         }
         (staging / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
@@ -74,21 +74,12 @@ def load(directory: Any, *, device: str | torch.device | None = None) -> Any:
     Raises CheckpointError, saying which file is missing, corrupted, of another version or holds weights that are no numbers.
     """
     path = Path(directory)
-    kind, config, digest = _settings(path)
-    weights = path / WEIGHTS
-    if not weights.is_file():
-        raise CheckpointError(
-            f"{path} has {SETTINGS} but no {WEIGHTS}; copy the whole directory or save the scorer again."
-        )
-    if _sha256(weights) != digest:
-        raise CheckpointError(
-            f"{weights} is not the file that {SETTINGS} was written with (checksum differs); save the scorer again."
-        )
+    kind, config = _settings(path)
     encoder = models.load(path)
     try:
         scorer_type = scorer_class(kind)
         scorer = scorer_type(encoder, opened(AutoTokenizer, path), scorer_type.config_class.from_dict(config))
-        extra = safetensors.torch.load_file(weights)
+        extra = safetensors.torch.load_file(path / WEIGHTS)
         missing, unexpected = scorer.load_state_dict(extra, strict=False)
         lacking = [name for name in missing if not name.startswith(ENCODER)]
         if lacking or unexpected:
@@ -100,7 +91,7 @@ def load(directory: Any, *, device: str | torch.device | None = None) -> Any:
     return scorer.eval() if device is None else scorer.eval().to(device)
 
 
-def _settings(path: Path) -> tuple[str, dict[str, Any], str]:
+def _settings(path: Path) -> tuple[str, dict[str, Any]]:
     file = path / SETTINGS
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory; give the one that a scorer was saved to.")
@@ -108,21 +99,9 @@ def _settings(path: Path) -> tuple[str, dict[str, Any], str]:
         raise CheckpointError(
             f"{path} has no {SETTINGS}, so no scorer was saved there; make a new one with from_encoder, or train one."
         )
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        version, kind, config = settings["format"], settings["scorer"], settings["config"]
-        digest = settings["weights_sha256"]
-        if not isinstance(kind, str) or not isinstance(config, dict):
-            raise TypeError(f"scorer is {kind!r} and config {config!r}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{file} is corrupted ({type(error).__name__}: {error}); save the scorer again."
-        ) from error
-    if version != FORMAT:
-        raise CheckpointError(
-            f"{file} has format {version!r}, this version reads {FORMAT}; use a matching version of thresher."
-        )
-    return kind, config, digest
+    settings = read_settings(file, {"scorer": str, "config": dict}, FORMAT, "scorer")
+    check_weights(path / WEIGHTS, file, settings[DIGEST], "scorer")
+    return settings["scorer"], settings["config"]
 
 
 def _refuse_what_is_no_number(scorer: Scorer[Any], path: Path) -> None:
@@ -131,7 +110,3 @@ def _refuse_what_is_no_number(scorer: Scorer[Any], path: Path) -> None:
             raise CheckpointError(
                 f"{path} holds NaN or infinity in {name}, so it scores nothing; train or copy it again."
             )
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
