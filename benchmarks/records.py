@@ -193,7 +193,7 @@ def fill(text: str) -> str:
         if name in MADE:
             body = MADE[name](entries)
         elif name == "targets":
-            body = markdown([e for e in entries.values() if e["target"]])
+            body = _listed([e for e in entries.values() if e["target"]])
         else:
             body = markdown(json.loads((RESULTS / f"{name}.json").read_text()))
         return f"<!-- figures:{name} -->\n{body}\n<!-- figures:end -->"
