@@ -145,6 +145,7 @@ def markdown(entries: list[dict[str, Any]]) -> str:
 def _grid(heading: str, entries: list[dict[str, Any]]) -> str:
     """Each cell: the value, and the FLOPs ratio that it was found at."""
     rows, columns = (list(dict.fromkeys(entry["cell"][place] for entry in entries)) for place in (1, 2))
+    columns.sort(key=lambda name: float((re.findall(r"\d+(?:\.\d+)?", name) or [0])[0]))
     found = {tuple(entry["cell"][1:]): entry for entry in entries}
 
     def said(row: str, column: str) -> str:
