@@ -193,10 +193,10 @@ def test_token_labels_are_padded_like_their_tokens(tmp_path: Path) -> None:
     model, given = thresher.attach(make("bert", "token"), "first"), []
     model.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs), with_kwargs=True)
     run_stage(model, HARD, dataset(16, labels="token"), tokenizer(), tmp_path, max_steps=2, **QUIET)
-    assert any((batch["attention_mask"] == 0).any() for batch in given)
-    for batch in given:
-        expected = torch.where(batch["attention_mask"] > 0, batch["input_ids"] % 2, -100)
-        assert torch.equal(batch["labels"], expected)
+    assert any((seen["attention_mask"] == 0).any() for seen in given)
+    for seen in given:
+        expected = torch.where(seen["attention_mask"] > 0, seen["input_ids"] % 2, -100)
+        assert torch.equal(seen["labels"], expected)
 
 
 class Stop(Exception):
