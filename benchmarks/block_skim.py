@@ -50,7 +50,7 @@ def joint(
     start: Path | None = None,
 ) -> Any:
     """Trained by Block-Skim's one stage."""
-    policy = policy or thresher.BlockSkim()
+    policy = policy or thresher.BlockSkim(alpha=bench.args.alpha)
     stage = "joint" if policy.learning == "joint" else policy.learning
     faster = {} if policy.learning == "frozen" else {f"{stage}.learning_rate": bench.args.learning_rate}
     return bench.trained(name, policy, {stage: 1.0}, seed=seed, start=start, overrides=faster)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ LABELS = ("start_positions", "end_positions")
 
 VARIANTS = {
     "blocks-of-32": thresher.BlockSkim(),
+    "paper-alpha": thresher.BlockSkim(),
     "blocks-of-8": thresher.BlockSkim(block=8),
     "blocks-of-16": thresher.BlockSkim(block=16),
     "blocks-of-64": thresher.BlockSkim(block=64),
@@ -29,7 +31,8 @@ VARIANTS = {
     "full-map": thresher.BlockSkim(full_map=True),
 }
 WHAT = {
-    "blocks-of-32": "joint training, blocks of 32: the paper's",
+    "blocks-of-32": "joint training, blocks of 32",
+    "paper-alpha": "the paper's weight of the predictors' loss, alpha .1",
     "frozen": "the model frozen, only predictors trained (ID 3)",
     "skimming": "blocks skimmed while training (ID 4)",
     "full-map": "predictors see the whole attention map (figure 3)",
@@ -63,7 +66,8 @@ def main(bench: Bench) -> None:
     start = bench.judge(plain(bench), packed=True)
     baseline = f"plain training, packed: F1 {start.f1:.2f}"
     for name in names:
-        model = joint(bench, VARIANTS[name], "joint" if name == "blocks-of-32" else name)
+        policy = VARIANTS[name] if name == "paper-alpha" else replace(VARIANTS[name], alpha=bench.args.alpha)
+        model = joint(bench, policy, "joint" if name == "blocks-of-32" else name)
         whole = bench.judge(model, packed=True)
         right = accuracy(bench, model)
         skimmed = next((found for _, found in at(bench, model, (SPEEDUP,))), None)

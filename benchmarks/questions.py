@@ -52,6 +52,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument(
         "--learning-rate", type=float, default=1e-4, help="of the model; MiniLM wants more than the paper's 3e-5"
     )
+    made.add_argument(
+        "--alpha",
+        type=float,
+        default=1.0,
+        help="weight of the predictors' loss; in so few steps the paper's .1 teaches little",
+    )
     made.add_argument("--seeds", type=int, nargs="+", default=[0])
     made.add_argument("--long", action="store_true", help="paragraphs among their neighbours, up to 512 tokens")
     made.add_argument("--questions", type=int, help="of the dev set, drawn; default: all")
@@ -249,8 +255,8 @@ class Bench:
     def about(self) -> str:
         where = "paragraphs among their neighbours, at most 512 tokens" if self.args.long else "at most 384 tokens"
         return (
-            f"{self.args.label}; {where}; {self.args.passes} windows read in training; calibrated on "
-            f"{len(self.held_out.ids)} questions of held-out articles"
+            f"{self.args.label}; {where}; {self.args.passes} windows read in training; Block-Skim's alpha "
+            f"{self.args.alpha}; calibrated on {len(self.held_out.ids)} questions of held-out articles"
         )
 
     def draw(self, chart: Chart, name: str) -> None:
