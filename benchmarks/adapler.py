@@ -19,20 +19,27 @@ rows, nothing recorded.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 import thresher
-from classifying import Texts, options, start
+from classifying import Texts, options, start, wall_clock
 from records import record
 from responses import nearest
 from thresher.errors import TargetError
 from thresher.frontier import NOTE, configured, frontier_of
 from thresher.measure.flops import dense_flops, flops
 from thresher.measure.latency import compare
-from thresher.measure.rationales import Agreement, agreement, agreement_by_layer, kept_layers, rationales_page
+from thresher.measure.rationales import (
+    Agreement,
+    agreement,
+    agreement_by_layer,
+    kept_layers,
+    rationale_maps,
+    rationales_page,
+)
 from thresher.measure.run import prepared, run, run_packed
 from thresher.model import attachment_of
 from thresher.policy import PolicyConfig
@@ -56,6 +63,7 @@ SPEEDUPS = (1.5, 2.0, 3.0)
 AIMED_AT = {"imdb": 2.5, "eraser_movies": 3.0, "ag_news": 2.0, "sst2": 1.2, "mrpc": 1.2}  # AdapLeR's, at a point lost
 MARGIN = 1.02  # so that what is set on held-out rows is reached on test rows
 SALIENCIES = ("gradient-x-input", "attention")
+SHOWN = 5  # documents, on pages and pictures of rationales
 
 
 class Bench(Texts):
@@ -193,19 +201,9 @@ def speed(bench: Bench) -> None:
     model = at_target(bench)
     rows = bench.test.select(range(min(bench.args.timed, len(bench.test))))
     found = compare(model, rows, batch_size=32, rounds=bench.args.rounds)
-    about = {
-        "examples": len(rows),
-        "note": f"batch 32, {found.threads} threads, fp32, {found.tokens_per_row:.0f} tokens a row; FLOPs ratio on these rows "
-        f"{found.flops:.3f}",
-    }
-    for id, what, taken, baseline in (
-        ("measured", "AdapLeR: measured speedup", found.measured, "packed, nothing dropped"),
-        ("padding", "padding-only ratio of the same model", found.padding_only, "stock, padded, arrival order"),
-    ):
-        quartiles = [round(taken.low, 4), round(taken.high, 4)]
-        bench.record(id, what, taken.median, "x", baseline=baseline, spread=quartiles, **about)
-    realised = found.measured.median / found.flops
-    bench.record("realised", "AdapLeR: measured / FLOPs ratio", realised, "", target=">= 0.85", **about)
+    targets = {"realised": ">= 0.85"}
+    for id, what, value, about in wall_clock(found):
+        bench.record(id, f"AdapLeR: {what}", value, "x", target=targets.get(id), examples=len(rows), **about)
 
 
 def rationales(bench: Bench) -> None:
@@ -220,8 +218,27 @@ def rationales(bench: Bench) -> None:
             f"f1_{n}": round(choice.f1, 4) for n, choice in enumerate(agreement_by_layer(rows, layers, count), 1)
         }
         _agree(bench, rows, name, agreement(rows, layers), by_layer)
-        page = rationales_page(rows, layers, count, range(min(5, len(rows))), f"What {name} reads on")
+        shown = range(min(SHOWN, len(rows)))
+        page = rationales_page(rows, layers, count, shown, f"What {name} reads on")
         (bench.args.out / f"rationales-{name}.html").write_text(page)
+        bench.draw(_side_by_side(rows, layers, count, shown, name), f"rationales-{name}")
+
+
+def _side_by_side(
+    rows: RationaleRows, layers: list[np.ndarray], count: int, numbers: Sequence[int], method: str
+) -> Chart:
+    """Where in each document people's reasons lie, and below them the words that the method reads to the end; no text."""
+    marks: dict[str, tuple[list[float], list[float]]] = {}
+    for number in numbers:
+        for below, (who, one) in enumerate(
+            zip(("people", method), rationale_maps(rows, number, layers[number], count), strict=True)
+        ):
+            xs, ys = marks.setdefault(who, ([], []))
+            words = [word for word, dropped in enumerate(one.dropped_at) if dropped is None]
+            xs += words
+            ys += [number + 1 - 0.25 * below] * len(words)
+    series = tuple(Series(who, tuple(xs), tuple(ys), "points") for who, (xs, ys) in marks.items())
+    return Chart(f"Words that people mark, and words that {method} reads to the end", "Word", "Document", series)
 
 
 def _agree(bench: Bench, rows: RationaleRows, name: str, found: Agreement, more: dict[str, float]) -> None:

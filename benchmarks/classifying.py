@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import thresher
 from starts import SPLIT_SEED, minilm
+from thresher.measure.latency import Comparison
 from thresher.measure.run import run_packed
 from thresher.policy import Stage
 from thresher.report import Chart, save_chart
@@ -114,6 +116,21 @@ def texts(rows: datasets.Dataset) -> datasets.Dataset:
     return datasets.Dataset.from_dict(
         {"text": [" ".join(words) for words in rows["tokens"]], "label": rows["label"][:]}
     )
+
+
+def wall_clock(found: Comparison) -> Iterator[tuple[str, str, float, dict[str, Any]]]:
+    """What is recorded of a comparison: an id, what it is, its value, and what a record says beside it."""
+    note = (
+        f"batch {found.batch_size}, {found.threads} threads, fp32, {found.tokens_per_row:.0f} tokens a row; FLOPs ratio on "
+        f"these rows {found.flops:.3f}"
+    )
+    for id, what, ratio, baseline in (
+        ("measured", "measured speedup", found.measured, "packed, nothing dropped"),
+        ("padding", "padding-only ratio of the same model", found.padding_only, "stock, padded, arrival order"),
+    ):
+        quartiles = [round(ratio.low, 4), round(ratio.high, 4)]
+        yield id, what, ratio.median, {"baseline": baseline, "spread": quartiles, "note": note}
+    yield "realised", "measured / FLOPs ratio", found.measured.median / found.flops, {"note": note}
 
 
 def start(bench: Texts) -> None:
