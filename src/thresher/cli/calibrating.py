@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from thresher.cli.gains import STOCK_IS, gains, gains_table
 from thresher.cli.options import (
-    METHOD,
-    OUTPUT,
     BatchSize,
+    ChangedModel,
     Column,
     DataSource,
     Device,
@@ -20,6 +16,7 @@ from thresher.cli.options import (
     MaxLength,
     MaxLoss,
     MethodSetting,
+    MethodToAttach,
     ModelDirectory,
     Seed,
     SkipBad,
@@ -27,9 +24,9 @@ from thresher.cli.options import (
     Windows,
     assignments,
     directory_to_write,
-    method_config,
     one_target,
     place_of,
+    untrained_method,
 )
 from thresher.cli.screen import Result, command
 from thresher.errors import OptionError
@@ -42,13 +39,7 @@ def calibrate(
     data: DataSource,
     speedup: Speedup = None,
     max_loss: MaxLoss = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            help="For a plain checkpoint: the method to attach, without training it. Needs --out.",
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
+    method: MethodToAttach = None,
     settings: MethodSetting = None,
     column: Column = None,
     max_length: MaxLength = None,
@@ -56,9 +47,7 @@ def calibrate(
     limit: Limit = None,
     seed: Seed = 0,
     skip_bad: SkipBad = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Default: DIR itself.", metavar="DIR", rich_help_panel=OUTPUT)
-    ] = None,
+    out: ChangedModel = None,
     batch_size: BatchSize = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -68,9 +57,7 @@ def calibrate(
     [bold]thresher calibrate faster imdb:test --max-loss 0.01 --limit 1000[/]
     """
     one_target(speedup, max_loss, required=True)
-    config = method_config(method, settings) if method is not None else None
-    if settings and method is None:
-        raise OptionError("--set needs --method, whose setting it is.")
+    config = untrained_method(method, settings)
     place = place_of(device)
 
     import thresher

@@ -30,6 +30,7 @@ from thresher.cli.options import (
     Searcher,
     Seed,
     Speedup,
+    ValidationLimit,
     assignments,
     directory_to_write,
     one_target,
@@ -94,10 +95,7 @@ def compare(
             help="Rows that settings are chosen on. Default: a tenth of DATA.", metavar="DATA", rich_help_panel=DATA
         ),
     ] = None,
-    validation_limit: Annotated[
-        int | None,
-        typer.Option(help="Use this many rows of --validation. Default: all.", metavar="ROWS", rich_help_panel=DATA),
-    ] = None,
+    validation_limit: ValidationLimit = None,
     test: Annotated[
         str | None,
         typer.Option(
@@ -141,9 +139,7 @@ def compare(
             rich_help_panel=TRAINING,
         ),
     ] = None,
-    precision: Annotated[
-        Precision, typer.Option(help="auto: bfloat16 where the machine multiplies it fast.", rich_help_panel=TRAINING)
-    ] = "auto",
+    precision: Precision = "auto",
     evaluations: Evaluations = None,
     sampler: Searcher = None,
     rounds: Annotated[

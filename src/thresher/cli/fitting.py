@@ -34,6 +34,7 @@ from thresher.cli.options import (
     Seed,
     SkipBad,
     Speedup,
+    ValidationLimit,
     Windows,
     assignments,
     directory_to_write,
@@ -92,10 +93,7 @@ def fit(
         str | None,
         typer.Option(help="Rows the target is met on. Default: a tenth of DATA.", metavar="DATA", rich_help_panel=DATA),
     ] = None,
-    validation_limit: Annotated[
-        int | None,
-        typer.Option(help="Use this many rows of --validation. Default: all.", metavar="ROWS", rich_help_panel=DATA),
-    ] = None,
+    validation_limit: ValidationLimit = None,
     column: Column = None,
     task: Annotated[
         Kind | None,
@@ -138,9 +136,7 @@ def fit(
             rich_help_panel=TRAINING,
         ),
     ] = None,
-    precision: Annotated[
-        Precision, typer.Option(help="auto: bfloat16 where the machine multiplies it fast.", rich_help_panel=TRAINING)
-    ] = "auto",
+    precision: Precision = "auto",
     evaluations: Evaluations = None,
     sampler: Searcher = None,
     batch_size: BatchSize = None,

@@ -17,7 +17,10 @@ TARGET, DATA, METHOD, TRAINING, OUTPUT = "Target (one of them)", "Data", "Method
 SEARCH = "Search"
 
 Kind = Literal["classification", "regression", "embedding", "response", "qa", "tagging"]
-Precision = Literal["auto", "float32", "bfloat16"]
+Precision = Annotated[
+    Literal["auto", "float32", "bfloat16"],
+    typer.Option("--precision", help="auto: bfloat16 where the machine multiplies it fast.", rich_help_panel=TRAINING),
+]
 
 DataSource = Annotated[
     str,
@@ -114,12 +117,29 @@ Windows = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+ValidationLimit = Annotated[
+    int | None,
+    typer.Option(
+        "--validation-limit",
+        help="Use this many rows of --validation. Default: all.",
+        metavar="ROWS",
+        rich_help_panel=DATA,
+    ),
+]
 SkipBad = Annotated[
     bool,
     typer.Option(
         "--skip-bad",
         help="Of questions about passages: leave out bad rows, each named on standard error, rather than stop at the first.",
         rich_help_panel=DATA,
+    ),
+]
+MethodToAttach = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        help="For a plain checkpoint: the method to attach, without training it. Needs --out.",
+        rich_help_panel=METHOD,
     ),
 ]
 MethodSetting = Annotated[
@@ -161,6 +181,9 @@ Workers = Annotated[
 Device = Annotated[
     Literal["auto", "cpu", "cuda"],
     typer.Option(help="Where the model runs. auto: cuda where there is a GPU.", rich_help_panel=OUTPUT),
+]
+ChangedModel = Annotated[
+    Path | None, typer.Option("--out", help="Default: DIR itself.", metavar="DIR", rich_help_panel=OUTPUT)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.", rich_help_panel=OUTPUT)]
 
@@ -204,6 +227,13 @@ def method_config(method: str, settings: Sequence[str] | None) -> Any:
     from thresher.methods import config_class
 
     return _configured(config_class(method), settings, "--set")
+
+
+def untrained_method(method: str | None, settings: Sequence[str] | None) -> Any:
+    """The configuration of a method that is attached as it is; None where none is asked for."""
+    if settings and method is None:
+        raise OptionError("--set needs --method, whose setting it is.")
+    return None if method is None else method_config(method, settings)
 
 
 def exit_config(exit: str, settings: Sequence[str] | None) -> Any:

@@ -53,9 +53,7 @@ def post_train(
         int, typer.Option("--batch-size", min=1, help="Examples of a step.", rich_help_panel=TRAINING)
     ] = 50,
     learning_rate: Annotated[float, typer.Option(rich_help_panel=TRAINING)] = 1.5e-5,
-    precision: Annotated[
-        Precision, typer.Option(help="auto: bfloat16 where the machine multiplies it fast.", rich_help_panel=TRAINING)
-    ] = "auto",
+    precision: Precision = "auto",
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,

@@ -99,9 +99,7 @@ def fit_scorer(
     column: Column = None,
     limit: Limit = None,
     seed: Seed = 0,
-    precision: Annotated[
-        Precision, typer.Option(help="auto: bfloat16 where the machine multiplies it fast.", rich_help_panel=TRAINING)
-    ] = "auto",
+    precision: Precision = "auto",
     device: Device = "auto",
     as_json: Json = False,
 ) -> Result:

@@ -14,9 +14,9 @@ import typer
 from thresher.cli.options import (
     DATA,
     EVALUATIONS,
-    METHOD,
     OUTPUT,
     BatchSize,
+    ChangedModel,
     Column,
     DataSource,
     Device,
@@ -24,6 +24,7 @@ from thresher.cli.options import (
     Json,
     MaxLength,
     MethodSetting,
+    MethodToAttach,
     ModelDirectory,
     Searcher,
     Seed,
@@ -31,8 +32,8 @@ from thresher.cli.options import (
     assignments,
     directory_to_write,
     file_to_write,
-    method_config,
     place_of,
+    untrained_method,
 )
 from thresher.cli.screen import Interrupted, Result, command, notice, progress
 from thresher.errors import OptionError
@@ -53,13 +54,7 @@ def search(
     data: DataSource,
     evaluations: Evaluations = None,
     sampler: Searcher = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            help="For a plain checkpoint: the method to attach, without training it. Needs --out.",
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
+    method: MethodToAttach = None,
     settings: MethodSetting = None,
     column: Column = None,
     max_length: MaxLength = None,
@@ -68,9 +63,7 @@ def search(
     ] = 500,
     seed: Seed = 0,
     skip_bad: SkipBad = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Default: DIR itself.", metavar="DIR", rich_help_panel=OUTPUT)
-    ] = None,
+    out: ChangedModel = None,
     chart: Annotated[
         Path | None,
         typer.Option(help="Draw what was tried (.svg or .png).", metavar="FILE", rich_help_panel=OUTPUT),
@@ -88,9 +81,7 @@ def search(
     """
     columns = assignments(column, "--column")
     tries = evaluations or EVALUATIONS
-    config = method_config(method, settings) if method is not None else None
-    if settings and method is None:
-        raise OptionError("--set needs --method, whose setting it is.")
+    config = untrained_method(method, settings)
     if config is not None and out is None:
         raise OptionError("--method attaches a policy that DIR was not saved with; give --out for the result.")
     target = out or Path(directory).expanduser()
