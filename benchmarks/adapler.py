@@ -27,9 +27,8 @@ import numpy as np
 import thresher
 from classifying import Texts, options, start, wall_clock
 from records import record
-from responses import nearest
+from settling import set_to, settled
 from thresher.errors import TargetError
-from thresher.frontier import NOTE, configured, frontier_of
 from thresher.measure.flops import dense_flops, flops
 from thresher.measure.latency import compare
 from thresher.measure.rationales import (
@@ -99,24 +98,13 @@ class Bench(Texts):
             progress=False,
         )
 
-    def set_to(self, model: Any, speedup: float) -> None:
-        """Raises TargetError where the model reaches no such speedup."""
-        notes = attachment_of(model).notes
-        if NOTE in notes:
-            point = nearest(frontier_of(notes).points, speedup)
-            if point is None:
-                raise TargetError(f"The frontier has no point near {speedup}x or above.")
-            thresher.set_config(model, configured(thresher.policy_of(model).config, point.retention))
-        else:
-            thresher.calibrate(model, self.held_out, speedup=speedup, tolerance=0.03)
-
     def each(self, speedup: float | None = None) -> Iterator[tuple[str, Any]]:
         """The methods asked for, trained, and set to a speedup where it is given."""
         for method in self.args.methods:
             try:
                 model = self.trained(method)
                 if speedup is not None:
-                    self.set_to(model, speedup)
+                    set_to(model, self.held_out, speedup)
             except TargetError as error:  # the others need not wait for better settings of this one
                 print(f"{method}: {error}", flush=True)
                 continue
@@ -143,12 +131,7 @@ def methods(bench: Bench) -> None:
     metric = bench.task.metric
     points: dict[str, list[tuple[float, float]]] = {}
     for name, model in bench.each():
-        for speedup in SPEEDUPS:
-            try:
-                bench.set_to(model, speedup)
-            except TargetError as error:
-                print(f"{name}: {error}", flush=True)
-                continue
+        for speedup in settled(model, bench.held_out, SPEEDUPS):
             result = run(model, bench.test)
             value = bench.score(result.predictions, bench.test)
             points.setdefault(name, []).append((result.speedup, value))
@@ -170,7 +153,7 @@ def methods(bench: Bench) -> None:
 def at_target(bench: Bench) -> Any:
     """AdapLeR, set to the speedup that was aimed at."""
     model = bench.trained("adapler")
-    bench.set_to(model, AIMED_AT[bench.args.name] * MARGIN)
+    set_to(model, bench.held_out, AIMED_AT[bench.args.name] * MARGIN)
     return model
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 import thresher
-from responses import SETTINGS, WORTH, Bench, Encoded, Judge, keep, kept, nearest, parser, training_options
+from responses import SETTINGS, WORTH, Bench, Encoded, Judge, keep, kept, parser, training_options
+from settling import nearest
 from thresher.frontier import Point, configured
 from thresher.measure.latency import compare
 from thresher.model import attachment_of, policy_of, set_config

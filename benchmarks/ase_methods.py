@@ -11,7 +11,7 @@ strength, without training again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -20,10 +20,11 @@ import datasets
 
 import thresher
 from ase import trained
-from responses import WORTH, Bench, Encoded, Judge, keep, kept, nearest, parser, training_options
+from responses import WORTH, Bench, Encoded, Judge, keep, kept, parser, training_options
+from settling import settled
 from thresher.errors import TargetError
-from thresher.frontier import NOTE, Frontier, Point, configured, frontier_of
-from thresher.model import attachment_of, policy_of, set_config
+from thresher.frontier import NOTE, Frontier, Point
+from thresher.model import attachment_of, policy_of
 from thresher.policy import PolicyConfig
 from thresher.report import frontier_chart
 
@@ -135,24 +136,6 @@ METHODS: dict[str, Callable[[Contest], Any]] = {
 }
 
 
-def settled(model: Any, validation: Encoded) -> Iterator[float]:
-    """The speedups that a model can be set to, the model set to each: from its frontier, or by its strength."""
-    has_frontier = NOTE in attachment_of(model).notes
-    for speedup in SPEEDUPS:
-        if has_frontier:
-            point = nearest(frontier_of(attachment_of(model).notes).points, speedup)
-            if point is None:
-                continue
-            set_config(model, configured(policy_of(model).config, point.retention))
-        else:
-            try:
-                thresher.calibrate(model, validation.sample(), speedup=speedup, tolerance=0.03)
-            except TargetError as error:
-                print(error)
-                continue
-        yield speedup
-
-
 def main() -> None:
     options = parser(__doc__)
     training_options(options)
@@ -181,7 +164,7 @@ def main() -> None:
         if NOTE not in attachment_of(model).notes:
             print({key: value.tolist() for key, value in policy_of(model).state_dict().items()})
         judge = Judge(bench, model, test)
-        for speedup in settled(model, validation):
+        for speedup in settled(model, validation.sample(), SPEEDUPS):
             found = judge()
             points.setdefault(name, []).append((found.speedup, found.quality))
             if speedup not in TABLE:

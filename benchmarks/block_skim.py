@@ -25,7 +25,7 @@ from typing import Any
 
 import thresher
 from questions import Bench, Judged, parser
-from thresher.errors import TargetError
+from settling import settled
 from thresher.measure.latency import compare
 from thresher.policy import Stage
 from thresher.report import frontier_chart
@@ -58,12 +58,7 @@ def joint(
 
 def at(bench: Bench, model: Any, speedups: tuple[float, ...] = SPEEDUPS) -> Iterator[tuple[float, Judged]]:
     """What the model is worth when its threshold is set to each speedup on held-out questions, the model set to it."""
-    for speedup in speedups:
-        try:
-            thresher.calibrate(model, bench.held_out.rows, speedup=speedup, tolerance=0.02)
-        except TargetError as error:
-            print(error, flush=True)
-            continue
+    for speedup in settled(model, bench.held_out.rows, speedups, tolerance=0.02):
         yield speedup, bench.judge(model)
 
 

@@ -8,17 +8,17 @@ question. Leaving out padding gains the same for all of them: it has a row of it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import thresher
 from block_skim import joint, lost, plain
 from questions import METRIC, Bench, Judged
-from responses import nearest
+from settling import settled
 from thresher.errors import TargetError
-from thresher.frontier import NOTE, configured, frontier_of
-from thresher.model import attachment_of, policy_of, set_config
+from thresher.frontier import NOTE
+from thresher.model import attachment_of, policy_of
 from thresher.policy import PolicyConfig
 from thresher.report import frontier_chart
 from thresher.training import frontiers
@@ -100,24 +100,6 @@ METHODS: dict[str, Callable[[Bench], Any]] = {
 }
 
 
-def settled(bench: Bench, model: Any) -> Iterator[float]:
-    """The speedups that a model can be set to, the model set to each: from its frontier, or by its strength."""
-    has_frontier = NOTE in attachment_of(model).notes
-    for speedup in SPEEDUPS:
-        if has_frontier:
-            point = nearest(frontier_of(attachment_of(model).notes).points, speedup)
-            if point is None:
-                continue
-            set_config(model, configured(policy_of(model).config, point.retention))
-        else:
-            try:
-                thresher.calibrate(model, bench.held_out.rows, speedup=speedup, tolerance=0.03)
-            except TargetError as error:
-                print(error, flush=True)
-                continue
-        yield speedup
-
-
 def main(bench: Bench) -> None:
     names = bench.args.methods or list(METHODS)
     if unknown := sorted(set(names) - set(METHODS)):
@@ -142,7 +124,7 @@ def main(bench: Bench) -> None:
         except TargetError as error:  # the others need not wait for better settings of this one
             print(error, flush=True)
             continue
-        for speedup in settled(bench, model):
+        for speedup in settled(model, bench.held_out.rows, SPEEDUPS):
             found: Judged = bench.judge(model)
             points.setdefault(name, []).append((found.speedup, found.f1))
             bench.record(

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import thresher
 from ltp import score, splits
 from records import record
-from thresher.errors import TargetError
+from settling import settled
 from thresher.measure.run import run, run_packed
 from thresher.report import frontier_chart, save_chart
 
@@ -48,12 +48,7 @@ def main() -> None:
         models[f"{policy.method}, untrained"] = thresher.attach(model, policy)
     points: dict[str, list[tuple[float, float]]] = {}
     for name, model in models.items():
-        for target in SPEEDUPS:
-            try:
-                thresher.calibrate(model, calibration, speedup=target, tolerance=0.03)
-            except TargetError as error:
-                print(f"{name}: {error}")
-                continue
+        for target in settled(model, calibration, SPEEDUPS):
             found = run(model, test)
             value = score(task, found.predictions, test)
             points.setdefault(name, []).append((found.speedup, value))

@@ -28,7 +28,6 @@ import thresher
 from records import record
 from response_starts import MAX_TOKENS
 from thresher.cli.work import ResponseWork
-from thresher.frontier import Point
 from thresher.measure.run import prepared, run, run_packed
 from thresher.model import attachment_of, find_encoder
 from thresher.policy import PolicyConfig, retaining
@@ -38,7 +37,6 @@ from thresher.tasks.ranking import ranking_metrics
 from thresher.tasks.responses import ResponseTask
 
 IMAGES = Path(__file__).parent.parent / "docs" / "img"
-NEAR = 0.15  # how far from the speedup asked for, as a share of it, a point may lie to stand for it
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CALIBRATION = 300  # pairs
 WORTH = "MRR"
@@ -258,15 +256,3 @@ class Judge:
             learned = {name: value.tolist() for name, value in policy.state_dict().items()}
             said += [policy.config.method, policy.config.to_dict(), learned]
         return hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()
-
-
-def nearest(points: Sequence[Point], speedup: float) -> Point | None:
-    """The point nearest to a speedup. Where none is near it, the best of those that are faster; None, and a line that says so,
-    where none is faster either."""
-    point = min(points, key=lambda p: abs(p.speedup - speedup))
-    if abs(point.speedup / speedup - 1) <= NEAR:
-        return point
-    if faster := [p for p in points if p.speedup > speedup]:
-        return max(faster, key=lambda p: p.quality)
-    print(f"no point near {speedup}x or above: the fastest has {max(p.speedup for p in points):.2f}x")
-    return None

@@ -21,8 +21,8 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, set_see
 
 import thresher
 from records import record
+from settling import settled
 from starts import minilm
-from thresher.errors import TargetError
 from thresher.exits import ExitConfig
 from thresher.measure.latency import compare
 from thresher.measure.run import prepared, run, run_packed
@@ -140,12 +140,7 @@ def measured(bench: Bench, seed: int) -> dict[tuple[str, float], tuple[float, fl
         whole = bench.f1(run_packed(model, bench.ready).predictions)
         print(f"{name}, seed {seed}, nobody leaves: F1 {whole:.2f}", flush=True)
         found[name, 1.0] = (1.0, whole)
-        for speedup in SPEEDUPS:
-            try:
-                thresher.calibrate(model, bench.validation.rows, speedup=speedup, tolerance=0.02)
-            except TargetError as error:
-                print(f"{name}: {error}", flush=True)
-                continue
+        for speedup in settled(model, bench.validation.rows, SPEEDUPS, tolerance=0.02):
             result = run(model, bench.ready)
             found[name, speedup] = (result.speedup, bench.f1(result.predictions))
     for speedup, layers in CUTS.items():
