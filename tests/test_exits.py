@@ -259,6 +259,10 @@ def test_a_value_settles_within_the_tolerance() -> None:
     leaving, _ = exit.decide(2, torch.tensor([[1.09], [2.2]]), memory)
     assert leaving is not None
     assert leaving.tolist() == [True, False]
+    thresher.set_exit(model, strength=3.0)
+    leaving, _ = exit_of(model).decide(2, torch.tensor([[1.09], [2.2]]), memory)
+    assert leaving is not None
+    assert leaving.tolist() == [True, True]  # calibration has to have a way to let values leave
     scattered(exit, 0)
     thresher.set_exit(model, tolerance=100.0)
     _, trace = traced(model, batch("bert"))
@@ -697,6 +701,13 @@ def test_broken_settings_of_an_exit_are_refused(broken: Any, tmp_path: Path) -> 
         ("settled-span", {"patience": -1}),
         ("pabee", {"strength": -1.0}),
         ("fastbert", {"thresold": 0.1}),
+        ("pabee", {"patience": math.inf}),
+        ("pabee", {"patience": math.nan}),
+        ("pabee", {"patience": "2"}),
+        ("fastbert", {"threshold": "a"}),
+        ("fastbert", {"threshold": None}),
+        ("fastbert", {"strength": True}),
+        ("fastbert", {"reverse": 1}),
     ],
     ids=str,
 )

@@ -47,6 +47,12 @@ def with_ends(scores: list[float]) -> list[float]:
     return [99.0, *scores, 99.0]
 
 
+def test_rationales_of_no_word_are_left_out_and_counted() -> None:
+    found = encoded((6, [[4, 4], [0, 2], [6, 6]]), (3, [[1, 1]]))
+    assert found.rationales == (((0, 2),), ())
+    assert found.empty == 3
+
+
 def test_documents_keep_their_words_spans_and_labels() -> None:
     found = encoded((6, [[4, 6], [0, 2], [0, 2]]), (3, []))
     assert found.rationales == (((0, 2), (4, 6)), ())
@@ -73,7 +79,7 @@ def test_words_of_several_tokens_have_the_largest_score_and_unread_ones_none() -
     [
         ({"rationales": [[[0, 2]], [[1, 4]]]}, r"Row 2 .*\[1, 4\).*3 words"),
         ({"rationales": [[[0, 2]], [[-1, 2]]]}, r"Row 2 .*\[-1, 2\)"),
-        ({"rationales": [[[2, 2]], []]}, r"Row 1 .*\[2, 2\)"),
+        ({"rationales": [[[2, 1]], []]}, r"Row 1 .*\[2, 1\)"),
         ({"rationales": [[[0, 1, 2]], []]}, r"Row 1 .*\[0, 1, 2\]"),
         ({"rationales": [[["a", "b"]], []]}, r"Row 1 .*start, end"),
         ({"tokens": [["a"], []]}, r"Row 2 .*words"),

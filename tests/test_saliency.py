@@ -260,8 +260,22 @@ def test_a_row_without_finite_gradients_is_named() -> None:
     with torch.no_grad():  # a position that only the longest row has
         model.bert.embeddings.position_embeddings.weight[max(sizes) - 1] = torch.nan
     for method in METHODS:
-        with pytest.raises(DataError, match=f"row {place} is not finite"):
+        with pytest.raises(DataError, match=f"row {place + 1} is not finite"):
             thresher.saliency(model, rows, method)
+
+
+@pytest.mark.parametrize("label", [-100, -1, 3])
+def test_a_label_that_is_no_class_is_refused(label: int) -> None:
+    model = make("bert")
+    with pytest.raises(DataError, match=f"Row 2 has the label {label}, and the model has the classes 0 to 2"):
+        thresher.saliency(model, {**batch("bert"), "labels": torch.tensor([0, label, 1, 0])})
+
+
+def test_a_tag_that_is_none_of_the_models_is_refused() -> None:
+    inputs = batch("bert", (3, 2))
+    tags = torch.tensor([[-100, 0, 1], [0, 9, -100]])
+    with pytest.raises(DataError, match="Row 2 has the label 9"):
+        thresher.saliency(make("bert", "token"), {**inputs, "labels": tags})
 
 
 def test_what_a_model_cannot_give_is_refused() -> None:

@@ -57,7 +57,8 @@ def saliency(
     on_batch: called with the number of rows just done.
     The gradients and the attention are those of the model that drops nothing. A row in which every token scores 0 gets even
     scores.
-    Raises OptionError for a method that this model cannot give, DataError naming the row whose scores are not finite.
+    Raises OptionError for a method that this model cannot give; DataError, naming the row (from 1), for a label that the model
+    does not have, and for scores that are not finite.
     """
     if method not in get_args(Method):
         raise OptionError(f"There is no saliency {method!r}{nearest(method, get_args(Method))}")
@@ -70,19 +71,37 @@ def saliency(
     encoder = find_encoder(models[0])
     found: dict[int, np.ndarray] = {}
     for index, inputs, labels in _batches(encoder, rows, batch_size):
+        _check_labels(encoder, index, labels)
         scores = torch.stack([_measured(one, measure, inputs, labels) for one, measure in measures]).mean(0)
         mask = inputs["attention_mask"].bool()
         finite = torch.isfinite(scores).logical_or(~mask).all(1)
         if not bool(finite.all()):
             row = index[int((~finite).nonzero()[0, 0])]
             raise DataError(
-                f"The saliency of row {row} is not finite: its gradient overflows. Run the model in float32, or leave it out."
+                f"The saliency of row {row + 1} is not finite: the model's weights are not, or what it computes overflows. "
+                "Check the weights, run the model in float32, or leave the row out."
             )
         for row, score, real in zip(index, scores, mask, strict=True):
             found[row] = _shares(score[real])
         if on_batch:
             on_batch(len(index))
     return [found[row] for row in range(len(found))]
+
+
+def _check_labels(encoder: Any, index: Sequence[int], labels: Inputs) -> None:
+    """Raises DataError for the first row whose label is no class of the model, or no tag."""
+    wanted, count = labels.get("labels"), encoder.config.num_labels or 0
+    if wanted is None or wanted.is_floating_point() or count < 2:
+        return
+    strange = (wanted < 0) | (wanted >= count)
+    if wanted.dim() == 2:
+        strange &= wanted != PADDING
+    if bool(strange.any()):
+        place = strange.nonzero()[0]
+        label = int(wanted[tuple(place)])
+        raise DataError(
+            f"Row {index[int(place[0])] + 1} has the label {label}, and the model has the classes 0 to {count - 1}."
+        )
 
 
 def _shares(scores: Tensor) -> np.ndarray:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import types
+import typing
 from dataclasses import dataclass
-from typing import Any, Self
+from numbers import Integral, Real
+from typing import Any, Self, Union, get_args, get_origin
 
 from thresher.errors import OptionError, nearest
 
@@ -12,6 +15,13 @@ from thresher.errors import OptionError, nearest
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """A frozen dataclass that goes to JSON values and comes back."""
+
+    def __post_init__(self) -> None:
+        """Raises OptionError for a setting of another kind than its own; those of collections are not looked at."""
+        for name, kinds in _plain(type(self)).items():
+            value = getattr(self, name)
+            if not any(_is(value, kind) for kind in kinds):
+                raise OptionError(f"{name} must be {' or '.join(_KINDS[kind] for kind in kinds)}, not {value!r}.")
 
     @classmethod
     def called(cls) -> str:
@@ -33,6 +43,36 @@ class Settings:
 
     def replace(self, **changes: Any) -> Self:
         return dataclasses.replace(self, **changes)
+
+
+_KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    type(None): "none",
+}
+
+
+def _plain(cls: type[Settings]) -> dict[str, tuple[type, ...]]:
+    """The kinds that each setting may have, of those settings that are plain values."""
+    hints, found = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        kinds = get_args(hint) if get_origin(hint) in (types.UnionType, Union) else (hint,)
+        if all(kind in _KINDS for kind in kinds):
+            found[field.name] = kinds
+    return found
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind is int:
+        return (isinstance(value, Integral) and not isinstance(value, bool)) or (
+            isinstance(value, float) and value.is_integer()
+        )
+    if kind is float:
+        return isinstance(value, Real) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 __all__ = ["Settings"]

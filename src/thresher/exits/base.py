@@ -75,6 +75,7 @@ class ExitConfig(Settings):
     strength: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0.0 <= self.strength < float("inf"):
             raise OptionError(f"strength must be a number of at least 0, not {self.strength!r}.")
 

@@ -29,7 +29,7 @@ class SettledExit(ExitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.patience is not None and (self.patience < 1 or self.patience != int(self.patience)):
+        if self.patience is not None and self.patience < 1:
             raise OptionError(f"patience must be a whole number of at least 1, not {self.patience!r}.")
 
 
@@ -39,7 +39,7 @@ class PABEE(SettledExit):
     row.
 
     A branch is a linear layer on the first token; branches and model learn together from labels, layer l with weight l. A value
-    is the same when it has moved by at most `tolerance`.
+    is the same when it has moved by at most `tolerance`, times `strength`.
     """
 
     method: ClassVar[str] = "pabee"
@@ -83,7 +83,7 @@ class PatientExit(Exit[SettledT]):
     def patience(self) -> int:
         given = self.config.patience
         patience = max(1, min(self.geometry.layers // 2, self.geometry.layers - 2)) if given is None else given
-        return max(1, math.ceil(patience / self.config.strength))
+        return max(1, math.ceil(min(patience / self.config.strength, self.geometry.layers)))
 
     def answer(self, said: Tensor) -> Tensor:
         """[B, K], what is compared from layer to layer."""
@@ -119,7 +119,7 @@ class PABEEExit(PatientExit[PABEE]):
 
     def same(self, now: Tensor, last: Tensor) -> Tensor:
         if self.head.kind == "value":
-            return ((now - last).abs() <= self.config.tolerance).all(1)
+            return ((now - last).abs() <= self.config.tolerance * self.config.strength).all(1)
         return super().same(now, last)
 
     def loss(self, branches: list[Tensor], outputs: Tensor, batch: Batch) -> Tensor:

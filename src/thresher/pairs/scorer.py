@@ -62,6 +62,7 @@ class ScorerConfig(Settings):
     lexical: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.classes < 0:
             raise OptionError(f"classes must be 0 or more, not {self.classes!r}.")
         if self.lexical < 0 or (self.lexical and self.classes):

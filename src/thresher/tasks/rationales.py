@@ -29,6 +29,7 @@ class RationaleRows:
         rationales: of each document, [start, end) of the words that are reasons, in order, each once.
         word_of: of each document, the word that each token is of; -1 for special tokens.
         truncated: how many documents were longer than the tokens that are read.
+        empty: how many rationales cover no word, as some of ERASER's; they are left out.
     """
 
     rows: datasets.Dataset
@@ -36,6 +37,7 @@ class RationaleRows:
     rationales: tuple[tuple[Span, ...], ...]
     word_of: tuple[NDArray[np.int64], ...]
     truncated: int = 0
+    empty: int = 0
 
     def __len__(self) -> int:
         return len(self.words)
@@ -83,10 +85,12 @@ def encode_rationales(
     if not tokenizer.is_fast:
         raise OptionError("Rationales need a fast tokenizer (a tokenizer.json beside the model), which knows words.")
     words = tuple(_words(number, given) for number, given in enumerate(rows["tokens"][:], start=1))
-    rationales = tuple(
-        tuple(sorted({_span(number, span, len(text)) for span in given or ()}))
+    spans = [
+        [_span(number, span, len(text)) for span in given or ()]
         for number, (given, text) in enumerate(zip(rows["rationales"][:], words, strict=True), start=1)
-    )
+    ]
+    rationales = tuple(tuple(sorted({(start, end) for start, end in some if start < end})) for some in spans)
+    empty = sum(start == end for some in spans for start, end in some)
     limit = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH) if max_length is None else max_length
     features: dict[str, list[Any]] = {}
     word_of, truncated = [], 0
@@ -99,7 +103,7 @@ def encode_rationales(
         truncated += len(of) == limit and int(of.max()) < len(text) - 1
         word_of.append(of)
     features["labels"] = class_numbers(rows["label"][:], label_names, None)
-    return RationaleRows(datasets.Dataset.from_dict(features), words, rationales, tuple(word_of), truncated)
+    return RationaleRows(datasets.Dataset.from_dict(features), words, rationales, tuple(word_of), truncated, empty)
 
 
 def _words(number: int, given: Any) -> tuple[str, ...]:
@@ -112,7 +116,7 @@ def _span(number: int, span: Any, length: int) -> Span:
     if not isinstance(span, list | tuple) or len(span) != 2 or not all(isinstance(end, int) for end in span):
         raise DataError(f"Row {number} has the rationale {span!r}, which is not [start, end) of words.")
     start, end = span
-    if not 0 <= start < end <= length:
+    if not 0 <= start <= end <= length:
         raise DataError(
             f"Row {number} has the rationale [{start}, {end}), which does not lie inside its {length} words."
         )
