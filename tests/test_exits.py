@@ -463,6 +463,24 @@ def test_calibration_turns_the_policy_unless_told_otherwise() -> None:
         thresher.calibrate(thresher.attach(make("bert"), "ltp"), rows, speedup=2.0, knob="exit")
 
 
+def test_where_the_exit_does_not_get_there_the_policy_does_the_rest() -> None:
+    # On a patience of 1 nobody leaves before the second of four layers.
+    model, rows = attached("bert", "pabee", thresher.AttentionMass(), layers=4), dataset(24)
+    policy, exit = policy_of(model).config, exit_of(model).config
+    with pytest.raises(TargetError):
+        thresher.calibrate(model, rows, speedup=4.0, knob="exit")
+    assert (policy_of(model).config, exit_of(model).config) == (policy, exit)
+    found = thresher.calibrate(model, rows, speedup=4.0, knob="both")
+    assert found.speedup >= 4.0
+    assert run(model, rows).speedup == pytest.approx(found.speedup)
+    assert policy_of(model).config.strength == found.strength
+    assert attachment_of(model).notes["calibration"]["knob"] == "policy"
+    policy, exit = policy_of(model).config, exit_of(model).config
+    with pytest.raises(TargetError):
+        thresher.calibrate(model, rows, speedup=1e6, knob="both")
+    assert (policy_of(model).config, exit_of(model).config) == (policy, exit)
+
+
 # Training.
 
 

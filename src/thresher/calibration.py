@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 
 Quality = Callable[[np.ndarray], float]
 Knob = Literal["policy", "exit"]
+Turned = Literal["policy", "exit", "both"]
 STRONGEST = 64.0
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was found: strength, its FLOPs speedup, and the quality with and without dropping (None without a quality)."""
+    """What was found: strength (of the knob that was turned last), its FLOPs speedup, and the quality with and without dropping
+    (None without a quality)."""
 
     strength: float
     speedup: float
@@ -44,7 +46,7 @@ def calibrate(
     batch_size: int | None = None,
     tolerance: float = 0.01,
     predict: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor] | None = None,
-    knob: Knob | None = None,
+    knob: Turned | None = None,
 ) -> Calibration:
     """Set the attached policy's strength so that a target holds on `rows` (encoded validation rows); save keeps it.
 
@@ -55,7 +57,9 @@ def calibrate(
     reference: predictions on `rows` that a loss is counted from; by default those of this model with nothing dropped. After
         training give those of the model before it, or a loss that training itself brought goes unseen.
     batch_size: rows run at a time; None: as many as have 4,096 tokens together (`measure.run.batches`).
-    knob: "exit" to set the exit's strength instead, the policy staying as it is; None: the policy's, where there is one.
+    knob: "exit" to set the exit's strength instead, the policy staying as it is; "both" the same, but where the exit does not
+        reach a speedup by itself it stays at the most that it does, and the policy's strength does the rest. None: the
+        policy's, where there is one.
     Raises TargetError, naming the nearest that can be had, when the target cannot be met; the model is then unchanged.
     """
     if (speedup is None) == (max_loss is None):
@@ -67,14 +71,15 @@ def calibrate(
     if len(rows) == 0:
         raise OptionError("Calibration needs at least one row.")
     attachment = attachment_of(model)
-    knob = knob or ("exit" if attachment.policy is None and attachment.exit is not None else "policy")
-    if knob not in ("policy", "exit"):
-        raise OptionError(f'knob is "policy" or "exit", not {knob!r}.')
-    before = _strength(model, knob)
-    search = _Search(model, rows, {"batch_size": batch_size, "predict": predict}, knob)
+    asked = knob or ("exit" if attachment.policy is None and attachment.exit is not None else "policy")
+    if asked not in get_args(Turned):
+        raise OptionError(f"knob is one of {', '.join(get_args(Turned))}, not {knob!r}.")
+    turned: tuple[Knob, ...] = ("exit", "policy") if asked == "both" else (asked,)
+    before = {one: _strength(model, one) for one in turned}
+    search = _Search(model, rows, {"batch_size": batch_size, "predict": predict}, turned[0])
     try:
         if speedup is not None:
-            found = _to_speedup(search, speedup, tolerance)
+            search, found = _to_speedup_by(turned, search, speedup, tolerance)
             baseline = None
         else:
             assert max_loss is not None
@@ -84,18 +89,19 @@ def calibrate(
             baseline = float(judge(reference))
             found = _to_loss(search, judge, baseline - max_loss)
     except BaseException:
-        _set_strength(model, knob, before)
+        for one, value in before.items():
+            _set_strength(model, one, value)
         raise
     strength, result = found
-    _set_strength(model, knob, strength)
-    value = float(quality(result.predictions)) if quality else None
+    _set_strength(model, search.knob, strength)
+    reached = float(quality(result.predictions)) if quality else None
     if max_loss is not None:
-        value = float(judge(result.predictions))
-    calibration = Calibration(strength, result.speedup, value, baseline)
+        reached = float(judge(result.predictions))
+    calibration = Calibration(strength, result.speedup, reached, baseline)
     attachment_of(model).notes["calibration"] = {
         "target": {"speedup": speedup} if speedup is not None else {"max_loss": max_loss},
         "rows": len(rows),
-        "knob": knob,
+        "knob": search.knob,
         **calibration.__dict__,
     }
     return calibration
@@ -129,6 +135,20 @@ class _Search:
             _set_strength(self.model, self.knob, strength)
             self.seen[strength] = run(self.model, self.rows, **self.options)
         return self.seen[strength]
+
+
+def _to_speedup_by(
+    knobs: tuple[Knob, ...], search: _Search, target: float, tolerance: float
+) -> tuple[_Search, tuple[float, Run]]:
+    """By the first knob, or where it does not get there, with the first at its fastest by the next one."""
+    try:
+        return search, _to_speedup(search, target, tolerance)
+    except TargetError:
+        if len(knobs) == 1:
+            raise
+    _set_strength(search.model, search.knob, max(search.seen, key=lambda strength: search.seen[strength].speedup))
+    rest = _Search(search.model, search.rows, search.options, knobs[1])
+    return _to_speedup_by(knobs[1:], rest, target, tolerance)
 
 
 def _to_speedup(search: _Search, target: float, tolerance: float) -> tuple[float, Run]:

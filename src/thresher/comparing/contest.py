@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 SAMPLE = 300  # rows that say how fast a strength is, which needs no labels
 TOLERANCE = 0.03
-SHARES = (1 / 3, 1 / 2, 2 / 3)  # of a target (the logarithm of a speedup) that a union's policy meets by itself
+# Of a target (the logarithm of a speedup), what a union's policy meets by itself; all of it only where the exit has too little.
+SHARES = (1 / 3, 1 / 2, 2 / 3, 1.0)
 MORE = Stage(name="trained-on", mode="off", learning_rate=3e-5)
 UNDROPPED = Target("speedup", 1.0)
 # What the parts of the work cost, in forward passes over one example.
@@ -270,6 +271,8 @@ class Contest:
         tried: list[tuple[dict[str, Any], Run]] = []
         error: TargetError | None = None
         for share in SHARES if one.policy is not None and one.exit is not None else (1.0,):
+            if tried and share == 1.0:
+                break
             try:
                 setting = self._setting(one, model, target, share, rows)
             except TargetError as missed:

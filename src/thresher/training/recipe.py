@@ -17,7 +17,7 @@ import numpy as np
 from accelerate import PartialState
 
 from thresher import checkpoint
-from thresher.calibration import Calibration, Knob, Quality, agreement, calibrate
+from thresher.calibration import Calibration, Quality, Turned, agreement, calibrate
 from thresher.errors import OptionError, TargetError
 from thresher.exits import ExitConfig
 from thresher.frontier import Frontier
@@ -63,7 +63,7 @@ def fit(
         alone where `policy` is None.
     speedup / max_loss: the target, met on `validation` (see calibrate): before tokens first drop in training, and at
     the end. With a method and an exit the method first meets its share, the root of the speedup or half of the loss, and the
-    exit is then set so that both together meet the target.
+    exit is then set so that both together meet the target; where the exit cannot, the method does the rest of a speedup.
     fine_tune: begin with ordinary fine-tuning, for a model whose head is new.
     stages: instead of the method's own. overrides: settings for every stage ({"epochs": 2}) or one
     ({"soft.learning_rate": 1e-4}). A run that was interrupted goes on where it stopped when called again with the same
@@ -227,7 +227,7 @@ class _Run:
             self._settle(self.target)
             return
         exit.mode = "leave"
-        self._calibrate(self.target, knob="exit")
+        self._calibrate(self.target, knob="exit" if self.attachment.policy is None else "both")
 
     def _ask_the_start(self) -> None:
         """What the model says before it learns to drop, where that is asked for."""
@@ -251,7 +251,7 @@ class _Run:
         floor = None if target.max_loss is None else float(judge(self.reference)) - target.max_loss
         frontiers.settle(self.model, self.frontier, target.speedup, floor)
 
-    def _calibrate(self, target: Target, knob: Knob | None = None) -> None:
+    def _calibrate(self, target: Target, knob: Turned | None = None) -> None:
         if self.judging is not None and target.given:
             options: dict[str, Any] = {"quality": self.judging.quality, "reference": self.reference, "knob": knob}
             calibrate(self.model, self.judging.rows, speedup=target.speedup, max_loss=target.max_loss, **options)
