@@ -16,16 +16,18 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 import thresher
+import thresher.training.recipe as recipe
 import thresher.training.salient as salient
 from helpers import alone, batch, dataset, make, outputs_of, tokenizer, worst
 from thresher.errors import CheckpointError, DataError, OptionError
 from thresher.measure.flops import speedup
 from thresher.measure.run import run
 from thresher.methods.adapler import CONTRIBUTIONS, LENGTHS
-from thresher.model import policy_of
+from thresher.model import attachment_of, policy_of
 from thresher.packed import PackedTokens
 from thresher.parts.predictors import row_log_softmax, soft_removal
 from thresher.policy import Stage, Trace
+from thresher.training.epochs import Epoch, fastest
 from thresher.training.learner import Learner
 from thresher.training.stages import _StageTrainer, run_stage, training_arguments
 
@@ -449,15 +451,76 @@ def test_a_fit_asks_for_the_saliency_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert asked == [1]
 
 
+def test_the_fastest_epoch_within_a_point_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What the epochs are worth is told, so that the rule is seen: the second is the fastest that is good enough.
+    worth = iter([(1.5, 0.80), (2.5, 0.795), (9.0, 0.78)])
+    monkeypatch.setattr(recipe._Run, "_worth", lambda self, mode: next(worth))
+    rows, seen = dataset(16), []
+
+    class Note(TrainerCallback):
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+            seen.append(fresh.classifier.weight.detach().clone())
+
+    fresh = make("bert")
+    fitted = thresher.fit(
+        fresh, "adapler", rows, tokenizer(), tmp_path / "out", validation=rows, quality=lambda said: 0.80,
+        overrides={"soft.epochs": 3.0, "soft.learning_rate": 1e-2}, callbacks=[Note()], **QUICK,
+    )  # fmt: skip
+    assert len(seen) == 3
+    assert torch.equal(fitted.classifier.weight, seen[1])
+    assert not torch.equal(fitted.classifier.weight, seen[2])
+    assert attachment_of(fitted).notes["epoch"] == {"number": 2, "speedup": 2.5, "quality": 0.795}
+    assert not (tmp_path / "out" / "training").exists()
+
+
+def test_of_epochs_that_all_lose_more_the_best_is_kept() -> None:
+    order = fastest(0.79)
+    found = sorted([Epoch(1, 1.0, 0.7), Epoch(2, 3.0, 0.78), Epoch(3, 9.0, 0.5)], key=order, reverse=True)
+    assert [one.number for one in found] == [2, 1, 3]
+
+
+def test_with_a_speedup_the_last_epoch_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe._Run, "_worth", lambda self, mode: pytest.fail("nobody asked"))
+    fitted = thresher.fit(
+        make("bert"), "adapler", dataset(16), tokenizer(), tmp_path / "out", validation=dataset(8), speedup=1.05,
+        overrides={"soft.epochs": 3.0}, **QUICK,
+    )  # fmt: skip
+    assert "epoch" not in attachment_of(fitted).notes
+
+
+def test_saliency_is_averaged_over_the_best_epochs_of_fine_tuning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[Any]] = []
+    original = salient.saliency
+    monkeypatch.setattr(salient, "saliency", lambda models, *a, **k: asked.append(models) or original(models, *a, **k))
+    worth = iter([0.5, 0.9, 0.7, 0.8])
+    monkeypatch.setattr(recipe._Run, "_worth", lambda self, mode: (1.0, next(worth) if mode == "off" else 0.9))
+    rows, weights = dataset(16), []
+
+    class Note(TrainerCallback):
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+            weights.append(fresh.classifier.weight.detach().clone())
+
+    fresh = make("bert")
+    thresher.fit(
+        fresh, "adapler", rows, tokenizer(), tmp_path / "out", validation=rows, quality=lambda said: 0.9, fine_tune=True,
+        overrides={"fine-tune.epochs": 4.0, "fine-tune.learning_rate": 1e-2, "soft.epochs": 3.0}, callbacks=[Note()], **QUICK,
+    )  # fmt: skip
+    ((first, second, third),) = asked
+    for model, epoch in ((first, 1), (second, 3), (third, 2)):
+        assert torch.equal(model.classifier.weight, weights[epoch])
+
+
 def test_what_is_kept_of_other_rows_is_refused(tmp_path: Path) -> None:
     from accelerate import PartialState
 
     model, rows = attached(), dataset(6)
-    found = salient.with_saliency(model, rows, tmp_path, PartialState(cpu=True), progress=False)
+    found = salient.with_saliency([model], rows, tmp_path, PartialState(cpu=True), progress=False)
     assert [len(s) for s in found["saliency"]] == [len(ids) for ids in rows["input_ids"]]
     assert [sum(s) for s in found["saliency"]] == pytest.approx([1.0] * 6)
     with pytest.raises(CheckpointError, match="not of these rows"):
-        salient.with_saliency(model, dataset(5), tmp_path, PartialState(cpu=True), progress=False)
+        salient.with_saliency([model], dataset(5), tmp_path, PartialState(cpu=True), progress=False)
 
 
 @pytest.mark.parametrize("kind", ["token", "question-answering"])

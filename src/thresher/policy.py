@@ -205,6 +205,8 @@ class Stage:
     embeddings).
     dropout: whether the model's own dropout is on; learning from the stock model goes better without.
     configurations: retention configurations, one of which is drawn for each step; empty: the policy's own.
+    keeps: the model of the "last" epoch, or of the "fastest", tokens really dropping, that loses at most a point on the
+        validation rows (or what the target allows); where a speedup is the target, of the last all the same.
     """
 
     name: str
@@ -221,6 +223,7 @@ class Stage:
     distil_weight: float = 0.0
     dropout: bool = True
     configurations: tuple[tuple[float, ...], ...] = ()
+    keeps: Literal["last", "fastest"] = "last"
 
     def __post_init__(self) -> None:
         checks = {
@@ -233,6 +236,7 @@ class Stage:
             "weight_decay": self.weight_decay >= 0,
             "label_weight": self.label_weight >= 0,
             "distil_weight": self.distil_weight >= 0,
+            "keeps": self.keeps in ("last", "fastest"),
         }
         for name, holds in checks.items():
             if not holds:

@@ -244,7 +244,13 @@ class AdapLeRPolicy(Policy[AdapLeR]):
     def stages(self) -> tuple[Stage, ...]:
         """One, of the paper's settings."""
         stage = Stage(
-            name="soft", mode="soft", epochs=EPOCHS, learning_rate=3e-5, policy_learning_rate=5e-4, batch_size=32
+            name="soft",
+            mode="soft",
+            epochs=EPOCHS,
+            learning_rate=3e-5,
+            policy_learning_rate=5e-4,
+            batch_size=32,
+            keeps="fastest",
         )
         return (stage,)
 

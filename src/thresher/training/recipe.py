@@ -21,10 +21,11 @@ from thresher.calibration import Calibration, Quality, Turned, agreement, calibr
 from thresher.errors import OptionError, TargetError
 from thresher.exits import ExitConfig
 from thresher.frontier import Frontier
-from thresher.measure.run import run_packed
-from thresher.model import Attachment, attach, attachment_of, find_encoder, policy_of, save, set_config
-from thresher.policy import PolicyConfig, Stage
+from thresher.measure.run import run, run_packed
+from thresher.model import Attachment, attach, attachment_of, find_encoder, load, policy_of, save, set_config
+from thresher.policy import Mode, PolicyConfig, Stage
 from thresher.training import frontiers
+from thresher.training.epochs import BEST, POINT, Epochs, best, fastest, judged, kept
 from thresher.training.learner import stock_copy
 from thresher.training.plan import FINE_TUNE, planned
 from thresher.training.resuming import begin, by_one, refuse_another_run
@@ -32,6 +33,7 @@ from thresher.training.salient import COLUMN, with_saliency
 from thresher.training.stages import run_stage, trains_on_cpu
 
 FIRST_GUESS = 2.0
+EPOCHS = "epochs"  # a stage's folder of the epochs that were kept
 
 
 def fit(
@@ -163,7 +165,7 @@ class _Run:
         on_start: Callable[[np.ndarray], object] | None,
         arguments: dict[str, Any],
     ) -> None:
-        self.model, self.rows, self.tokenizer, self.work = model, rows, tokenizer, work
+        self.model, self.plan, self.rows, self.tokenizer, self.work = model, plan, rows, tokenizer, work
         self.target, self.judging, self.search, self.seed = target, judging, search, seed
         self.on_stage, self.on_start, self.arguments = on_stage, on_start, arguments
         self.processes = PartialState(cpu=trains_on_cpu(arguments))
@@ -199,15 +201,15 @@ class _Run:
             self._train(stage, done)
 
     def _train(self, stage: Stage, done: Path) -> None:
-        policy = self.attachment.policy
         if stage.mode == "hard" and not stage.exits and not self.searches and self.judging and self.target.given:
             _first_drop(self.model, self.judging.rows, self.share.speedup)
         if self.on_stage:
             self.on_stage(stage)
-        salient = policy is not None and policy.learns_saliency and not stage.exits
-        if stage.mode != "off" and salient and COLUMN not in self.rows.column_names:
+        if stage.mode != "off" and not stage.exits and self._lacks_saliency():
             progress = bool(self.arguments.get("progress", True))
-            self.rows = with_saliency(self.model, self.rows, self.work, self.processes, progress=progress)
+            self.rows = with_saliency(self._salient_models(), self.rows, self.work, self.processes, progress=progress)
+        epochs = self._epochs(stage, done.parent / EPOCHS)
+        callbacks = [*self.arguments.get("callbacks", ()), *([] if epochs is None else [epochs])]
         run_stage(
             self.model,
             stage,
@@ -216,9 +218,49 @@ class _Run:
             done.parent,
             teacher=self.teacher,
             seed=self.seed,
-            **self.arguments,
+            **{**self.arguments, "callbacks": callbacks},
         )
+        if epochs is not None and stage.keeps == "fastest":
+            _take_over(self.model, kept(epochs.directory)[0])
+            self.attachment.notes["epoch"] = dataclasses.asdict(judged(epochs.directory)[0])
         by_one(self.processes, partial(_keep, self.model, done))
+
+    def _lacks_saliency(self) -> bool:
+        policy = self.attachment.policy
+        return policy is not None and policy.learns_saliency and COLUMN not in self.rows.column_names
+
+    def _salient_models(self) -> list[Any]:
+        """The best checkpoints of fine-tuning, or where there was none the model itself."""
+        device = find_encoder(self.model).device
+        tuned = [kept(place / EPOCHS) for place in self.work.glob(f"*-{FINE_TUNE.name}")]
+        return [load(place, device=device) for places in tuned for place in places] or [self.model]
+
+    def _epochs(self, stage: Stage, directory: Path) -> Epochs | None:
+        """What judges the epochs of a stage, where it matters which one is kept."""
+        if self.judging is None:
+            return None
+        if stage.name == FINE_TUNE.name:
+            if not self._lacks_saliency() or self.judging.quality is None:
+                return None
+            return Epochs(self.model, directory, partial(self._worth, "off"), best, BEST, self.processes)
+        if stage.keeps == "last" or self.target.speedup is not None:
+            return None
+        assert self.reference is not None
+        allowed = POINT if self.share.max_loss is None else self.share.max_loss
+        order = fastest(float(self._judge()(self.reference)) - allowed)
+        return Epochs(self.model, directory, partial(self._worth, "hard"), order, 1, self.processes)
+
+    def _worth(self, mode: Mode) -> tuple[float, float]:
+        """The FLOPs speedup and the quality of the model as it is, its policy in this mode."""
+        assert self.judging is not None
+        policy = policy_of(self.model)
+        before, policy.mode = policy.mode, mode
+        try:
+            found = run(self.model, self.judging.rows)
+        finally:
+            policy.mode = before
+        quality = self.judging.quality or self._judge()
+        return found.speedup, float(quality(found.predictions))
 
     def meet_target(self) -> None:
         """Set how much the trained model drops, and how early rows leave."""
@@ -231,7 +273,8 @@ class _Run:
 
     def _ask_the_start(self) -> None:
         """What the model says before it learns to drop, where that is asked for."""
-        wanted = self.target.max_loss is not None or self.on_start is not None or self.searches
+        chooses = self.target.speedup is None and any(stage.keeps == "fastest" for stage in self.plan)
+        wanted = self.target.max_loss is not None or self.on_start is not None or self.searches or chooses
         if wanted and self.judging is not None and self.reference is None:
             self.reference = run_packed(self.model, self.judging.rows).predictions
             if self.on_start:

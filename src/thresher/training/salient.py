@@ -1,8 +1,9 @@
-"""The saliency of the training rows, asked once of the model that a run starts from and kept with the run."""
+"""The saliency of the training rows, asked once of what a run starts from and kept with the run."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,15 @@ FILE = "saliency.npy"
 
 
 def with_saliency(
-    model: Any, rows: datasets.Dataset, directory: Path, processes: PartialState, *, progress: bool = True
+    models: Sequence[Any], rows: datasets.Dataset, directory: Path, processes: PartialState, *, progress: bool = True
 ) -> datasets.Dataset:
-    """`rows` with the column that AdapLeR learns from: the gradient x input of each token in `model`, dropping nothing.
+    """`rows` with the column that AdapLeR learns from: the gradient x input of each token, dropping nothing, averaged over
+    `models`.
 
     Computed by the main process and kept in `directory`, from where the others and a run that goes on read it.
     Raises CheckpointError when what is kept is of other rows.
     """
-    by_one(processes, partial(_keep, model, rows, directory / FILE, progress))
+    by_one(processes, partial(_keep, models, rows, directory / FILE, progress))
     values = np.load(directory / FILE)
     offsets = np.cumsum([0, *map(len, rows["input_ids"])])
     if len(values) != offsets[-1]:
@@ -38,11 +40,11 @@ def with_saliency(
     return rows.add_column(COLUMN, column)
 
 
-def _keep(model: Any, rows: datasets.Dataset, file: Path, progress: bool) -> None:
+def _keep(models: Sequence[Any], rows: datasets.Dataset, file: Path, progress: bool) -> None:
     if file.is_file():
         return
     with tqdm(total=len(rows), desc="saliency", disable=not progress) as bar:
-        found = saliency(model, rows, on_batch=bar.update)
+        found = saliency(list(models), rows, on_batch=bar.update)
     new = file.with_name(f".{file.name}")
     with new.open("wb") as out:
         np.save(out, np.concatenate(found))
