@@ -438,6 +438,21 @@ def test_the_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("model", "label", "said"), [("clf", 1, "label"), ("value", 0.5, "value")])
+def test_one_answer_for_all_teaches_nothing(place: Path, tmp_path: Path, model: str, label: float, said: str) -> None:
+    rows = write_rows(tmp_path / "same.jsonl", [{"text": f"w{i} w{i + 1}", "label": label} for i in range(12)])
+    fails(
+        "fit",
+        place / model,
+        rows,
+        "--out",
+        tmp_path / "o",
+        *QUICK,
+        match=f"Every row of .*same.jsonl has the same {said}",
+    )
+    assert not (tmp_path / "o").exists()
+
+
 def test_bad_data(place: Path, tmp_path: Path) -> None:
     model = place / "fitted"
     fails("evaluate", model, tmp_path / "none.jsonl", match="There is no file or directory")

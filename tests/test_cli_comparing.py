@@ -163,6 +163,16 @@ def test_bad_rows_are_one_sentence(place: Path, tmp_path: Path) -> None:
     refused(place, tmp_path, unlabelled, match="no column known to be the label")
     one_class = write_rows(tmp_path / "same.jsonl", [{**row, "label": 1} for row in synthetic(24)])
     refused(place, tmp_path, one_class, "--validation", data, match="the same label, so nothing can be learned or lost")
+    refused(
+        place,
+        tmp_path,
+        data,
+        "--validation",
+        data,
+        "--test",
+        one_class,
+        match="Every row of .*same.jsonl has the same label",
+    )
     few = write_rows(tmp_path / "few.jsonl", synthetic(6))
     refused(place, tmp_path, few, match="One validation row cannot be divided.*give at least two, or test rows")
     refused(place, tmp_path, write_rows(tmp_path / "one.jsonl", synthetic(1)), match="One row cannot be divided")

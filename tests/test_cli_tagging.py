@@ -165,6 +165,8 @@ def test_what_is_wrong_is_one_sentence(place: Path, tmp_path: Path) -> None:
     fails("evaluate", place / "fitted", file, match="Row 3 has the tag 'high', which is not BIO")
     rows[2]["tags"][0] = "B-hihg"
     fails("evaluate", place / "fitted", write_rows(file, rows), match="'B-hihg'.*did you mean 'B-high'")
+    plain = write_rows(tmp_path / "plain.jsonl", [{**row, "tags": ["O"] * len(row["tags"])} for row in tagged(12)])
+    fails("fit", place / "fitted", plain, *data[1:], *TASK, match="Every word of .* has the same tag")
     rows[2]["tags"] = ["O"]
     fails("evaluate", place / "fitted", write_rows(file, rows), match="Row 3 has 1 tags for")
     fails("predict", place / "fitted", "--text", "w5", "--pair", "w6", match="leave --pair out")

@@ -38,7 +38,7 @@ from thresher.cli.options import (
     stage_overrides,
 )
 from thresher.cli.screen import Interrupted, Result, command, notice, progress_bar
-from thresher.errors import DataError, OptionError
+from thresher.errors import OptionError
 from thresher.report.console import seconds, table
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 PASSES = 5000
 SPEEDUPS = "1.25,1.5,2,2.5,3,4"
+FEW = 20  # fewer rows may share a label by chance
 
 
 @command
@@ -169,7 +170,7 @@ def compare(
     place = place_of(device)
     begun = time.monotonic()
 
-    from thresher.cli.data import kind_asked
+    from thresher.cli.data import kind_asked, refuse_one_answer
     from thresher.cli.starting import open_start
     from thresher.comparing import Clock
     from thresher.comparing import compare as contest
@@ -186,11 +187,12 @@ def compare(
     if fine_tune and not labels:
         raise OptionError("--fine-tune is for classification and regression; embeddings learn from the model itself.")
     encoded = start.encode(rows, columns, labels=labels, training=True)
-    if start.work.kind == "classification" and len(set(encoded.rows["labels"])) < 2:
-        raise DataError(
-            f"Every row of {data} has the same label, so nothing can be learned or lost; give two classes or more."
-        )
-    chosen, judged = (_part(start, start.encode(part, columns, labels=labels), name) for name, part in parts)
+    refuse_one_answer(encoded.rows, start.work.kind, data)
+    judging = [(name, start.encode(part, columns, labels=labels)) for name, part in parts]
+    for name, part in judging:
+        if len(part.rows) >= FEW:
+            refuse_one_answer(part.rows, start.work.kind, name)
+    chosen, judged = (_part(start, part, name) for name, part in judging)
     with _resumable(out), progress_bar(percent=True) as bar:
         shown = bar.add_task("comparing", total=1.0)
 

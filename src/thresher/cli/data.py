@@ -17,6 +17,8 @@ from thresher.tasks.data import load_rows
 from thresher.tasks.dialogues import load_dialogues
 from thresher.tasks.questions import load_questions, questions
 
+PADDING = -100  # the label of a token that is not scored
+
 HELD_OUT = 0.1
 NAMED = ("qa", "response")  # tasks whose rows are named as they are read
 NESTED = {"data", "paragraphs", "qas"}  # of SQuAD's and MRQA's layouts
@@ -131,6 +133,24 @@ def training_rows(
     if validation is None:
         return hold_out(rows, seed, columns)
     return rows, read_rows(validation, split="test", limit=limits[1], **how)
+
+
+def refuse_one_answer(rows: datasets.Dataset, kind: str, source: str) -> None:
+    """Raises DataError when the labels of encoded rows, classes, values or tags, are all the same."""
+    if kind not in ("classification", "regression", "tagging") or "labels" not in rows.column_names:
+        return
+    labels = rows["labels"][:]
+    if isinstance(labels[0], list):
+        labels = (
+            [label for row in labels for label in row if label != PADDING] if kind == "tagging" else map(tuple, labels)
+        )
+    if len(set(labels)) < 2:
+        what, more = {
+            "classification": ("Every row of {} has the same label", "classes"),
+            "regression": ("Every row of {} has the same value", "values"),
+            "tagging": ("Every word of {} has the same tag", "tags"),
+        }[kind]
+        raise DataError(f"{what.format(source)}, so nothing can be learned or lost; give rows of two {more} or more.")
 
 
 def passages(rows: datasets.Dataset, columns: Mapping[str, str]) -> list[str] | None:

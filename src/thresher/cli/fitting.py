@@ -156,7 +156,7 @@ def fit(
     place = place_of(device)
     begun = time.monotonic()
 
-    from thresher.cli.data import kind_asked, training_rows
+    from thresher.cli.data import kind_asked, refuse_one_answer, training_rows
     from thresher.cli.graphs import in_windows
     from thresher.cli.starting import open_start
 
@@ -179,6 +179,8 @@ def fit(
     config = None if config is None else start.work.fitting(config, start.tokenizer)
     encoded = start.encode(rows, columns, labels=lessons.labels, training=True)
     _refuse_unserved(config, encoded)
+    if lessons.labels:
+        refuse_one_answer(encoded.rows, start.work.kind, data)
     checked = start.encode(held_out, columns, labels=lessons.labels)
     directory_to_write(out)
     run_settings = {
