@@ -202,6 +202,7 @@ def test_an_interrupted_fit_says_how_to_go_on_and_does(
     assert str(tmp_path / "o" / "training") in done.stderr
     assert "the same command goes on from there" in done.stderr
     fails(*words, "--seed", 5, match=r"unfinished run with other settings \(seed\)")
+    fails(*words, "--precision", "bfloat16", match=r"unfinished run with other settings \(precision\)")
     again = call(*words)
     assert again.exit_code == 0, again.stderr
     assert "Going on with the unfinished run" in again.stderr

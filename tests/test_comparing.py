@@ -472,6 +472,11 @@ def test_a_target_that_nobody_meets_keeps_the_results(done: Comparison, tmp_path
     assert json.loads((directory / "comparison.json").read_text())["pick"] is None
 
 
+def test_nobody_trains_for_a_target_that_is_out_of_reach(tmp_path: Path) -> None:
+    found = compared(tmp_path / "o", speedup=1000.0, speedups=(1.5, 5.0), methods=("random",), clock=None)
+    assert found.settings["trained_at"] == 5.0
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -480,6 +485,7 @@ def test_a_target_that_nobody_meets_keeps_the_results(done: Comparison, tmp_path
         ({"validation": dataset(24, seed=2)}, "chosen, judged"),
         ({"overrides": {"batch_size": 4}}, "stages"),
         ({"trained_at": 3.0}, "trained_at"),
+        ({"precision": "bfloat16"}, "precision"),
     ],
 )
 def test_other_settings_are_refused(done: Comparison, changes: dict[str, Any], named: str) -> None:

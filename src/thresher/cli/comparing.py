@@ -175,6 +175,7 @@ def compare(
     from thresher.comparing import Clock
     from thresher.comparing import compare as contest
     from thresher.comparing.contestants import contestants
+    from thresher.comparing.keeping import RUN
 
     contestants(names)  # rather now than after the model
     directory_to_write(out)
@@ -196,7 +197,11 @@ def compare(
     with _resumable(out), progress_bar(percent=True) as bar:
         shown = bar.add_task("comparing", total=1.0)
 
+        going_on = [f"Going on with the comparison in {out}"] if (out / RUN).is_file() else []
+
         def step(text: str) -> None:
+            if going_on:  # not before the settings were found to be the same
+                notice(going_on.pop())
             bar.update(shown, description=text)
             if not bar.console.is_terminal:
                 notice(text)
@@ -345,8 +350,6 @@ def _nothing() -> np.ndarray:
 def _resumable(out: Path) -> Iterator[None]:
     from thresher.comparing.keeping import RUN
 
-    if (out / RUN).is_file():
-        notice(f"Going on with the comparison in {out}")
     try:
         yield
     except KeyboardInterrupt:

@@ -197,6 +197,7 @@ def fit(
         "max_length": start.limit(),
         "windows": windows,
         **dataclasses.asdict(lessons),
+        "precision": precision,
         "seed": seed,
     }
     options = {

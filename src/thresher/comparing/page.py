@@ -121,8 +121,9 @@ def verdict(comparison: Comparison) -> str:
     if near is None:
         return f"No method read less than the start, so nothing meets {comparison.target}."
     return (
-        f"Nothing meets {comparison.target}; the nearest is {near.contestant} with {ratio(near.chosen.speedup)} and "
-        f"{lost(comparison.baseline[0] - near.chosen.quality)} lost on the rows that settings are chosen on."
+        f"Nothing meets {comparison.target}; of what the methods were set to, the nearest is {near.contestant} with "
+        f"{ratio(near.chosen.speedup)} and {lost(comparison.baseline[0] - near.chosen.quality)} lost on the rows that settings "
+        "are chosen on."
     )
 
 

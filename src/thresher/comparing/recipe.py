@@ -135,7 +135,8 @@ def compare(
         `Comparison.left_out`. unions: more of them. fitting: what the task adds to a method's settings.
     passes: examples that each method reads forward and backward; what a teacher reads is not counted.
     speedup / max_loss: the target, met on the rows for choosing; without one, a loss of 0.01. speedups: what else every method
-        is set to. trained_at: the speedup that methods train for which learn a single one; None: the target, or 2.
+        is set to. trained_at: the speedup that methods train for which learn a single one; None: the target, but at most 4
+        or the largest of `speedups`; without a speedup as target 2. It holds for every run in `directory`.
     evaluations, sampler: of methods that search retention configurations.
     overrides: settings of every training stage, e.g. {"batch_size": 32}. training: what else `training.run_stage` takes.
     clock: how wall-clock is taken of the points of the frontier; None: it is not.
@@ -167,11 +168,14 @@ def compare(
         "evaluations": evaluations,
         "sampler": sampler,
         "stages": of_stages,
+        "precision": training.get("precision", "auto"),
         "seed": seed,
     }
     settings = keeping.same_run(directory, settings, {"trained_at": trained_at})
     if settings["trained_at"] is None:
-        settings["trained_at"] = TRAINED_AT if target.kind == "max_loss" else target.value
+        # A target that nobody reaches is nothing to train for.
+        most = max(*SPEEDUPS, *speedups)
+        settings["trained_at"] = TRAINED_AT if target.kind == "max_loss" else min(target.value, most)
     budget = Budget(passes, first, settings["trained_at"], evaluations, sampler, of_stages)
     progress = Progress(on_step or (lambda _: None), on_share or (lambda _: None))
     contest = Contest(

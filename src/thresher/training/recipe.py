@@ -177,7 +177,7 @@ class _Run:
         self.frontier: Frontier | None = None
         if attachment.exit is not None:
             attachment.exit.mode = "off"  # until it is trained
-        settings = _settings(model, plan, rows, seed)
+        settings = _settings(model, plan, rows, seed) | {"precision": arguments.get("precision", "auto")}
         refuse_another_run(work, settings)
         by_one(self.processes, lambda: begin(work, settings))
 
