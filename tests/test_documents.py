@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import datasets
 import pytest
 
+import thresher
 from helpers import build, config_of, make, tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -95,6 +97,21 @@ def test_the_pairs_of_the_readme_run(tmp_path: Path) -> None:
     data += "import datasets\nrows = datasets.Dataset.from_list(rows)\n"
     done = subprocess.run([sys.executable, "-c", data + code[1]], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_rationales_of_the_readme_run() -> None:
+    code = re.search(
+        r"```python\n(from thresher.measure.rationales.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL
+    )
+    assert code
+    documents = [{"tokens": ["w5", "w6", "w7", "w8"], "label": 1, "rationales": [[1, 3]]}] * 2
+    known = {
+        "thresher": thresher,
+        "documents": datasets.Dataset.from_list(documents),
+        "tokenizer": tokenizer(),
+        "model": thresher.attach(make("bert"), "attention-mass"),
+    }
+    exec(code[1], known)
 
 
 def test_every_target_the_readme_names_is_in_the_makefile() -> None:
