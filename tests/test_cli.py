@@ -439,6 +439,13 @@ def test_the_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
+def test_a_fit_says_which_epoch_it_kept(place: Path, tmp_path: Path) -> None:
+    done = call("fit", place / "clf", place / "rows.jsonl", "--out", tmp_path / "o", "--method", "adapler",
+                *QUICK[2:], "--stage", "epochs=3")  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    assert re.search(r"Kept the model of epoch [123]\.", done.stdout)
+
+
 @pytest.mark.parametrize(("model", "label", "said"), [("clf", 1, "label"), ("value", 0.5, "value")])
 def test_one_answer_for_all_teaches_nothing(place: Path, tmp_path: Path, model: str, label: float, said: str) -> None:
     rows = write_rows(tmp_path / "same.jsonl", [{"text": f"w{i} w{i + 1}", "label": label} for i in range(12)])

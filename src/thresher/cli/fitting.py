@@ -324,6 +324,7 @@ def _train(
         "task": start.work.notes(),
         "rows": len(encoded.rows),
         "validation_rows": len(checked.rows),
+        "epoch": attachment_of(fitted).notes.get("epoch"),
         "speedup": after.speedup,
         **gains(start.work, truth, before[0], after.predictions),
     }
@@ -349,6 +350,7 @@ def _shown(found: dict[str, Any], data: str, unit: str) -> list[RenderableType]:
     return [
         gains_table(title, found, found["speedup"]),
         STOCK_IS,
+        *([f"Kept the model of epoch {found['epoch']['number']}."] if found["epoch"] else []),
         f"Saved to {out} after {seconds(found['seconds'])}.",
         f"Next: thresher bench {out} {data}",
     ]
