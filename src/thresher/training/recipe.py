@@ -220,8 +220,8 @@ class _Run:
             seed=self.seed,
             **{**self.arguments, "callbacks": callbacks},
         )
-        if epochs is not None and stage.keeps == "fastest":
-            _take_over(self.model, kept(epochs.directory)[0])
+        if epochs is not None and stage.keeps == "fastest" and (places := kept(epochs.directory)):
+            _take_over(self.model, places[0])
             self.attachment.notes["epoch"] = dataclasses.asdict(judged(epochs.directory)[0])
         by_one(self.processes, partial(_keep, self.model, done))
 
