@@ -192,7 +192,9 @@ def _to_loss(search: _Search, quality: Quality, floor: float) -> tuple[float, Ru
         return 0.0, search.at(0.0)
     if low == 0.0 or search.at(low).speedup <= 1.0:  # a strength so small that nothing drops is no setting
         tried = [(quality(r.predictions), r.speedup) for r in search.seen.values() if r.speedup > 1.0]
-        best, ratio = max(tried, default=(floor, 1.0))
+        if not tried:
+            raise TargetError("No setting drops anything on these rows; they may be too short for the method.")
+        best, ratio = max(tried)
         raise TargetError(
             f"No setting that drops anything stays at {floor:.4f} or above on these rows; the nearest has {best:.4f} at "
             f"{ratio:.2f}x. Train the method first (thresher fit), or allow a larger loss."

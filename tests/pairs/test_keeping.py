@@ -244,3 +244,25 @@ def test_a_model_that_has_become_no_number_adds_nothing(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match="holds NaN"):
             index.add([("a", "w9"), ("b", "w10")])
         assert len(index) == 0
+
+
+def test_a_handle_that_another_writer_has_left_behind_adds_what_is_missing(dual: Any, tmp_path: Path) -> None:
+    with Index.create(dual, tmp_path / "s") as index:
+        index.add([("a", "w5"), ("b", "w6")])
+    stale, other = Index.open(dual, tmp_path / "s"), Index.open(dual, tmp_path / "s")
+    with other:
+        other.store.delete(["a"])
+        other.add([("z", "w7")])
+    with stale:
+        assert stale.add([("a", "w5"), ("z", "w7")]) == Added(1, 1, 0)
+    with Index.open(dual, tmp_path / "s") as now:
+        assert sorted(now.store.ids()) == ["a", "b", "z"]
+
+
+def test_weights_that_are_no_numbers_give_no_ranking() -> None:
+    made = scorer("dual")
+    with torch.no_grad():
+        next(iter(made.encoder.parameters())).fill_(torch.nan)
+    for ask in (lambda: made.rank(QUERY, ["w5", "w6"]), lambda: made.predict([("w5", "w6")])):
+        with pytest.raises(DataError, match="is no number"):
+            ask()

@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 import string
+import unicodedata
 from typing import Any
 
 import datasets
@@ -288,6 +289,8 @@ def slow_answers(
                     continue
                 a = int(windows.offsets[windows.first[w] + i, 0])
                 b = int(windows.offsets[windows.first[w] + j, 1])
+                while b < len(contexts[question]) and unicodedata.combining(contexts[question][b]):
+                    b += 1
                 while a < b and contexts[question][a].isspace():
                     a += 1
                 while a < b and contexts[question][b - 1].isspace():
@@ -347,6 +350,14 @@ def test_a_sure_model_gives_the_answer_back_letter_by_letter(name: str) -> None:
     assert encoded.texts(said) == list(answers)
     for found, answer in zip(encoded.answers(said, 1), answers, strict=True):
         assert UNICODE[found[0].start : found[0].end] == answer
+
+
+def test_an_answer_ends_with_the_marks_of_its_last_character() -> None:
+    context = "cafe\u0301 x"  # whose accent a tokenizer that strips them leaves to no token
+    windows = Windows.of([(0, 0, 1, 0, 2)], [np.array([[0, 4], [6, 7]])])
+    said = np.array([[[0.0, 0.0], [5.0, 5.0], [0.0, 0.0], [0.0, 0.0]]])
+    (best,) = best_answers(said, windows, [context], n_best=1)
+    assert (best[0].text, best[0].start, best[0].end) == ("cafe\u0301", 0, 5)
 
 
 def test_equal_scores_give_the_earlier_and_shorter_answer() -> None:

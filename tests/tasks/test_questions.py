@@ -324,11 +324,13 @@ def test_columns_that_are_no_questions() -> None:
 def test_rows_of_two_kinds(tmp_path: Path) -> None:
     bare = {name: ROWS[1][name] for name in ("id", "question", "context")}
     file = put(tmp_path / "a.jsonl", lines([ROWS[0], bare]))
-    with pytest.raises(DataError, match="'m2' has no answers, which those before it have"):
+    with pytest.raises(DataError, match="line 2: the question 'm2' says nothing of answers"):
         load_questions(file, labelled=None)
     file = put(tmp_path / "a.jsonl", lines([bare, ROWS[0]]))
-    with pytest.raises(DataError, match="'m1' has answers, which those before it have not"):
+    with pytest.raises(DataError, match="line 1: the question 'm2' says nothing of answers"):
         load_questions(file, labelled=None)
+    with pytest.warns(UserWarning, match="1 bad question is left out"):
+        assert load_questions(file, labelled=None, skip_bad=True)["id"][:] == ["m1"]
 
 
 @pytest.mark.parametrize(

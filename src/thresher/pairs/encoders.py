@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ def opened(kind: Any, source: Any) -> Any:
 
 def _attach_saved(encoder: PreTrainedModel, path: Path) -> None:
     saved = checkpoint.read(path) if (path / checkpoint.SETTINGS).is_file() else None
+    if saved is not None and saved.exit is not None:
+        warnings.warn(f"The early exit that {path} was saved with is left out: a scorer has none.", stacklevel=4)
     if saved is None or saved.config is None:
         attach(encoder)
         return

@@ -15,7 +15,7 @@ from torch import Tensor
 from thresher.errors import DataError, OptionError
 from thresher.pairs.cache import Cache
 from thresher.pairs.keeping import CUT, Index
-from thresher.pairs.scorer import TOKENS, Asked, Scorer, by_length
+from thresher.pairs.scorer import NO_NUMBER, TOKENS, Asked, Scorer, by_length
 from thresher.pairs.texts import check_row
 from thresher.tasks.pairs import Pairs, pairs
 from thresher.tasks.ranking import ranking_metrics
@@ -193,7 +193,7 @@ def _places(given: Any, places: Mapping[str, int], number: int) -> list[int]:
 def _ranks(scores: np.ndarray, right: Sequence[int]) -> np.ndarray:
     """The ranks (from 1, ascending) of the right candidates."""
     if np.isnan(scores).any():
-        raise DataError("A score is no number; are the scorer's weights whole?")
+        raise DataError(NO_NUMBER)
     own = np.sort(scores[right])[::-1]
     wrong = np.sort(np.delete(scores, right))
     return len(wrong) - np.searchsorted(wrong, own, "left") + np.arange(1, len(own) + 1)

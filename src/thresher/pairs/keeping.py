@@ -16,7 +16,7 @@ from torch import Tensor
 
 from thresher.errors import DataError, OptionError, StoreError
 from thresher.pairs.cache import Block, check_ids
-from thresher.pairs.scorer import TOKENS, Scorer
+from thresher.pairs.scorer import NO_NUMBER, TOKENS, Scorer
 from thresher.pairs.store import Candidates, CandidateStore
 from thresher.pairs.store.schema import VECTORS
 from thresher.pairs.texts import Text
@@ -115,6 +115,7 @@ class Index:
         """
         if batch < 1:
             raise OptionError(f"A batch has at least 1 candidate, not {batch}.")
+        self.store.hold()  # another writer may have been here since this handle was opened
         seen: set[str] = set()
         new = there = cut = 0
         rest = iter(candidates)
@@ -181,7 +182,7 @@ class Index:
         scores = self.scorer.score_blocks(query, self.blocks(ids, chunk, names)).flatten().cpu().numpy()
         if np.isnan(scores).any():
             self.store.verify()  # the scorer's weights are numbers, or it would not have loaded
-            raise DataError("A score is no number; are the scorer's weights whole?")
+            raise DataError(NO_NUMBER)
         return _best(scores, names, k)
 
     def blocks(

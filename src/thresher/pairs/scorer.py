@@ -28,6 +28,7 @@ from thresher.settings import Settings
 TOKENS = 4096  # read in one pass: enough to keep every core busy, few enough for the caches and for memory
 
 LIMITS = ("max_query", "max_candidate")
+NO_NUMBER = "A score is no number; are the scorer's weights whole?"
 LEAST = 4  # tokens of either side, so that some are left beside the special ones
 
 Query = tuple[Tensor, ...]
@@ -306,6 +307,8 @@ class Scorer(nn.Module, Generic[ConfigT]):
             raise OptionError(f"A scorer of {self.config.classes} classes does not rank; use score or predict.")
         cache = candidates if isinstance(candidates, Cache) else self.encode_candidates(candidates)
         scores = self.score(query, cache, chunk=chunk)
+        if bool(scores.isnan().any()):
+            raise DataError(NO_NUMBER)
         best = scores.argsort(descending=True, stable=True)[:k]
         return [(cache.ids[i], value) for i, value in zip(best.tolist(), scores[best].tolist(), strict=True)]
 
@@ -326,7 +329,10 @@ class Scorer(nn.Module, Generic[ConfigT]):
             scores = dict(zip(wanted, self.score(query, cache.select(wanted)).cpu(), strict=True))
             for i in asked:
                 out[i] = scores[places[candidates[i]]]
-        return torch.stack([one for one in out if one is not None]).numpy()
+        found = torch.stack([one for one in out if one is not None]).numpy()
+        if np.isnan(found).any():
+            raise DataError(NO_NUMBER)
+        return found
 
     def save(self, directory: Any) -> None:
         """Write everything that `thresher.pairs.load` reads; see `thresher.pairs.saving`."""

@@ -223,6 +223,9 @@ def _collect(
 ) -> datasets.Dataset:
     """Questions as rows. where: what stands before a place in an error. nothing: the error where there are none."""
     made: list[datasets.Dataset] = []
+    if labelled is None:
+        found = list(found)
+        labelled = True if any(raw.answers is not None for raw in found) else None
     checked = _checked(found, where, labelled, bad)
     features: dict[str, Any] = {}
     while batch := list(itertools.islice(checked, _BATCH)):

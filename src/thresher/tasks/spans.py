@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +94,7 @@ def best_answers(
     for number, begin, close, value in zip(*columns, strict=True):
         if len(found[number]) == n_best:
             continue
+        close = _whole(contexts[number], close)
         text = contexts[number][begin:close]
         begin += len(text) - len(text.lstrip())
         text = text.strip()
@@ -104,6 +106,13 @@ def best_answers(
         more = best_answers(predictions, windows, contexts, n_best=2, longest=longest)
         return [one or others[:1] for one, others in zip(found, more, strict=True)]
     return found
+
+
+def _whole(context: str, end: int) -> int:
+    """The end with the marks of its last character: tokenizers that strip accents leave combining marks to no token."""
+    while end < len(context) and unicodedata.combining(context[end]):
+        end += 1
+    return end
 
 
 def null_scores(predictions: NDArray[Any], windows: Windows, count: int) -> NDArray[np.float64]:

@@ -271,6 +271,11 @@ class CandidateStore:
             if len(entries) > 1 or any(entry.dead for entry in entries):
                 self._view = writing.merge(view, range(len(entries)))
 
+    def hold(self) -> None:
+        """Become the writer now, with the last committed state in view, until `close`. Raises StoreError where another is."""
+        with self._writing():
+            pass
+
     @contextlib.contextmanager
     def _writing(self) -> Iterator[View]:
         """Become the writer, with the last committed state in view, or raise StoreError."""
