@@ -446,3 +446,11 @@ def test_a_field_that_is_not_there_is_named(tmp_path: Path, name: str, text: str
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=r"has no field 'query' \(there are .*question.*\)\.$"):
         load_questions(tmp_path / name, columns={"question": "query"})
+
+
+def test_a_number_of_too_many_digits_is_bad_json(tmp_path: Path) -> None:
+    file = put(tmp_path / "a.jsonl", lines([ROWS[0]]) + '{"id": ' + "1" * 5000 + "}\n")
+    with pytest.raises(DataError, match="line 2.*a number has too many digits"):
+        load_questions(file)
+    with pytest.warns(UserWarning, match="1 bad question is left out"):
+        assert len(load_questions(file, skip_bad=True)) == 1

@@ -82,6 +82,11 @@ def _text(path: Path, line: int, raw: bytes) -> str:
         raise DataError(f"{path}, line {line + raw[: error.start].count(10)}: the text is not UTF-8.") from error
 
 
+def what_is_wrong(error: Exception) -> str:
+    """Of JSON that could not be read: it is nested too deep, or has a number of too many digits."""
+    return "nested too deep" if isinstance(error, RecursionError) else "a number has too many digits"
+
+
 def _json_lines(path: Path, content: bytes) -> list[tuple[int, Any]]:
     rows = []
     for number, raw in enumerate(content.split(b"\n"), start=1):
@@ -90,19 +95,22 @@ def _json_lines(path: Path, content: bytes) -> list[tuple[int, Any]]:
             continue
         try:
             rows.append((number, json.loads(text)))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             what = (
-                f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+                f"{error.msg} at column {error.colno}"
+                if isinstance(error, json.JSONDecodeError)
+                else what_is_wrong(error)
             )
             raise DataError(f"{path}, line {number}: this is not valid JSON ({what}).") from error
     return rows
 
 
 def _json_list(path: Path, content: bytes) -> list[Any]:
+    text = _text(path, 1, content)
     try:
-        rows: list[Any] = json.loads(_text(path, 1, content))
-    except (json.JSONDecodeError, RecursionError) as error:
-        line, what = (error.lineno, error.msg) if isinstance(error, json.JSONDecodeError) else (1, "nested too deep")
+        rows: list[Any] = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line, what = (error.lineno, error.msg) if isinstance(error, json.JSONDecodeError) else (1, what_is_wrong(error))
         raise DataError(f"{path}, line {line}: this is not valid JSON ({what}).") from error
     return rows
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from thresher.errors import DataError
 from thresher.tasks.data import still_usual
+from thresher.tasks.files import what_is_wrong
 
 SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
 """The endings of files that `read_questions` reads."""
@@ -64,7 +65,7 @@ def read_questions(
     content = _whole(path)
     try:
         found = json.loads(content)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         if _is_object(content.lstrip().split("\n", 1)[0]):  # a .json file of one object a line
             return _of_objects(path, _parsed_lines(path), "line", names)
         raise DataError(f"{path} {_invalid(error)}; is the file whole?") from error
@@ -284,7 +285,7 @@ def _parsed_lines(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in _lines(path):
         try:
             yield number, json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             yield number, DataError(_invalid(error))
 
 
@@ -306,12 +307,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _is_object(text: str) -> bool:
     try:
         return isinstance(json.loads(text), dict)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return False
 
 
 def _invalid(error: Exception) -> str:
-    what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+    what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else what_is_wrong(error)
     return f"is not valid JSON ({what})"
 
 
