@@ -58,8 +58,8 @@ def calibrate(
         training give those of the model before it, or a loss that training itself brought goes unseen.
     batch_size: rows run at a time; None: as many as have 4,096 tokens together (`measure.run.batches`).
     knob: "exit" to set the exit's strength instead, the policy staying as it is; "both" the same, but where the exit does not
-        reach a speedup by itself it stays at the most that it does, and the policy's strength does the rest. None: the
-        policy's, where there is one.
+        reach a speedup by itself it stays at the most that it does, and the policy's strength does the rest; of a model with
+        one knob it is that one. None: the policy's, where there is one.
     Raises TargetError, naming the nearest that can be had, when the target cannot be met; the model is then unchanged.
     """
     if (speedup is None) == (max_loss is None):
@@ -74,7 +74,7 @@ def calibrate(
     asked = knob or ("exit" if attachment.policy is None and attachment.exit is not None else "policy")
     if asked not in get_args(Turned):
         raise OptionError(f"knob is one of {', '.join(get_args(Turned))}, not {knob!r}.")
-    turned: tuple[Knob, ...] = ("exit", "policy") if asked == "both" else (asked,)
+    turned = _both(model) if asked == "both" else (asked,)
     before = {one: _strength(model, one) for one in turned}
     search = _Search(model, rows, {"batch_size": batch_size, "predict": predict}, turned[0])
     try:
@@ -105,6 +105,13 @@ def calibrate(
         **calibration.__dict__,
     }
     return calibration
+
+
+def _both(model: Any) -> tuple[Knob, ...]:
+    """The knobs that the model has, the exit's first."""
+    if attachment_of(model).exit is None:
+        return ("policy",)
+    return ("exit",) if attachment_of(model).policy is None else ("exit", "policy")
 
 
 def _strength(model: Any, knob: Knob) -> float:

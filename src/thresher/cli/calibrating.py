@@ -87,7 +87,6 @@ def calibrate(
     attachment_of(opened.model).notes["task"] = work.notes()
     encoded = opened.encode(rows, columns, max_length=max_length)
     truth = Truth.of(encoded)
-    with_policy = attachment_of(opened.model).policy is not None
     stock = run_packed(opened.model, encoded.rows, batch_size=batch_size).predictions
     quality = work.quality(truth, stock)
     found = search(
@@ -97,7 +96,7 @@ def calibrate(
         max_loss=max_loss,
         quality=quality,
         batch_size=batch_size,
-        knob=None if attachment_of(opened.model).exit is None or not with_policy else "both",
+        knob="both",
     )
     after = run(opened.model, encoded.rows, batch_size=batch_size)
     opened.save(target)

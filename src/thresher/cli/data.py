@@ -17,8 +17,6 @@ from thresher.tasks.data import load_rows
 from thresher.tasks.dialogues import load_dialogues
 from thresher.tasks.questions import load_questions, questions
 
-PADDING = -100  # the label of a token that is not scored
-
 HELD_OUT = 0.1
 NAMED = ("qa", "response")  # tasks whose rows are named as they are read
 NESTED = {"data", "paragraphs", "qas"}  # of SQuAD's and MRQA's layouts
@@ -139,10 +137,12 @@ def refuse_one_answer(rows: datasets.Dataset, kind: str, source: str) -> None:
     """Raises DataError when the labels of encoded rows, classes, values or tags, are all the same."""
     if kind not in ("classification", "regression", "tagging") or "labels" not in rows.column_names:
         return
+    from thresher.tasks.tagging import NO_LABEL
+
     labels = rows["labels"][:]
     if isinstance(labels[0], list):
         labels = (
-            [label for row in labels for label in row if label != PADDING] if kind == "tagging" else map(tuple, labels)
+            [label for row in labels for label in row if label != NO_LABEL] if kind == "tagging" else map(tuple, labels)
         )
     if len(set(labels)) < 2:
         what, more = {

@@ -259,8 +259,7 @@ class _Run:
             found = run(self.model, self.judging.rows)
         finally:
             policy.mode = before
-        quality = self.judging.quality or self._judge()
-        return found.speedup, float(quality(found.predictions))
+        return found.speedup, float(self._judge()(found.predictions))
 
     def meet_target(self) -> None:
         """Set how much the trained model drops, and how early rows leave."""
@@ -269,7 +268,7 @@ class _Run:
             self._settle(self.target)
             return
         exit.mode = "leave"
-        self._calibrate(self.target, knob="exit" if self.attachment.policy is None else "both")
+        self._calibrate(self.target, knob="both")
 
     def _ask_the_start(self) -> None:
         """What the model says before it learns to drop, where that is asked for."""
@@ -312,8 +311,10 @@ class _Run:
 
     def _judge(self) -> Quality:
         assert self.judging is not None
+        if self.judging.quality is not None:
+            return self.judging.quality
         assert self.reference is not None
-        return self.judging.quality or agreement(self.reference, self.model)
+        return agreement(self.reference, self.model)
 
 
 def _settings(model: Any, plan: tuple[Stage, ...], rows: datasets.Dataset, seed: int) -> dict[str, Any]:
