@@ -335,6 +335,8 @@ def test_heads_that_cannot_go() -> None:
     for share in (-0.1, 1.0, float("nan")):
         with pytest.raises(OptionError, match=r"at least 0 and below 1"):
             thresher.prune_heads(model, rows, share=share)
+    with pytest.raises(OptionError, match="encoded first: they need input_ids, and have text"):
+        head_importance(make("bert", "sequence"), [{"text": "a", "label": 0}])
     with pytest.raises(OptionError, match="there are none"):
         thresher.prune_heads(model, rows.select([]))
     with pytest.raises(OptionError, match="task's loss|labels"):

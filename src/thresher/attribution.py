@@ -20,6 +20,7 @@ from thresher.measure.run import batches, collate
 from thresher.methods.adapler import CONTRIBUTIONS, PLACES, AdapLeRPolicy
 from thresher.model import attachment_of, detach, evaluating, find_encoder, is_attached
 from thresher.policy import tracing
+from thresher.tasks.given import as_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -140,12 +141,13 @@ def _batches(
     encoder: Any, rows: datasets.Dataset | Mapping[str, Tensor], batch_size: int | None
 ) -> Iterator[tuple[list[int], Inputs, Inputs]]:
     """Row numbers, the model's inputs [B, N] and the rows' labels, batch by batch."""
-    if isinstance(rows, Mapping):
+    if isinstance(rows, Mapping) and all(isinstance(value, Tensor) for value in rows.values()):
         given = {name: value.to(encoder.device) for name, value in rows.items()}
         labels = {name: given.pop(name) for name in LABELS if name in given}
         given.setdefault("attention_mask", torch.ones_like(given["input_ids"]))
         yield list(range(len(given["input_ids"]))), given, labels
         return
+    rows = as_rows(rows)
     pad_id = encoder.config.pad_token_id or 0
     known = [name for name in LABELS if name in rows.column_names]
     for index in batches(rows, batch_size):

@@ -14,6 +14,7 @@ from thresher.errors import OptionError, TargetError
 from thresher.measure.run import Run, run, run_packed
 from thresher.model import attachment_of, exit_of, find_encoder, policy_of, set_config, set_exit
 from thresher.outputs import answers_with_spans
+from thresher.tasks.given import as_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -68,6 +69,7 @@ def calibrate(
         raise OptionError(f"speedup must be at least 1, not {speedup}.")
     if max_loss is not None and max_loss < 0.0:
         raise OptionError(f"max_loss must be at least 0, not {max_loss}.")
+    rows = as_rows(rows)
     if len(rows) == 0:
         raise OptionError("Calibration needs at least one row.")
     attachment = attachment_of(model)

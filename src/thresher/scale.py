@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from thresher.errors import DataError, OptionError, ThresherError
+from thresher.pairs.cache import check_count
 from thresher.pairs.keeping import BATCH, CUT, Added, Index
 
 Batch = Mapping[str, np.ndarray]
@@ -105,10 +106,8 @@ class Rerank(_Worker):
 
     def __init__(self, scorer: str | Path, store: str | Path | None = None, k: int | None = 10, **worker: Any) -> None:
         super().__init__(scorer, **worker)
-        if k is not None and k < 1:
-            raise OptionError(f"Ranking gives at least 1 candidate, not {k}.")
         self.store = None if store is None else str(store)
-        self.k = k
+        self.k = None if k is None else check_count(k, "Ranking gives")
         self._index: Index | None = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from thresher.measure.run import MODEL_INPUTS, prepared, run
 from thresher.model import attachment_of, find_encoder, policy_of
 from thresher.policy import retaining
 from thresher.proposals import PROPOSALS, Configuration, Found, Sampler, Space, Values
+from thresher.tasks.given import as_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -63,6 +64,7 @@ def search(
     policy = policy_of(model)
     layers = policy.geometry.layers
     configured(policy.config, (1.0,) * layers)
+    rows = as_rows(rows)
     if len(rows) == 0:
         raise OptionError("A search needs at least one row.")
     ready = list(prepared(model, rows, batch_size))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +26,7 @@ def test_bad_candidates_and_queries(kind: str) -> None:
         (["w9", "w10"], ["a", "a"], "'a' is given twice"),
         (["w9", "w10"], ["a"], "1 ids do not fit 2"),
         (["w9"], [1.5], "text or a whole number"),
+        (["w9", "w10 \ud800"], None, "half a character .*, at 4"),
         (["w9", None], None, "token ids is expected, not None"),
         ([["w9", 3]], None, "is expected"),
         ("w9 w10", None, "list of texts"),
@@ -35,13 +37,21 @@ def test_bad_candidates_and_queries(kind: str) -> None:
     for query in (None, [], 7, [True]):
         with pytest.raises(DataError):
             made.score(query, cache)
-    for wrong in (0, -3):
+    for wrong in (0, -3, 1.5, True, "3"):
         with pytest.raises(OptionError, match="at least 1"):
             made.rank(QUERY, cache, wrong)
         with pytest.raises(OptionError, match="at least 1"):
             made.score(QUERY, cache, chunk=wrong)
     with pytest.raises(DataError, match="no pairs"):
         made.predict([])
+    for pair in (("w9",), ("w9", "w10", "w11"), "ab", {"query": "w9"}, None):
+        with pytest.raises(DataError, match="Pair 2 is .* where a query and a candidate are expected"):
+            made.predict([("w9", "w10"), pair])
+    with pytest.raises(DataError, match="is expected, not None"):
+        made.predict([("w9", None)])
+    numbered = made.encode_candidates(TEXTS, np.arange(10, 10 + len(TEXTS)))
+    assert numbered.ids == tuple(range(10, 10 + len(TEXTS))) and all(type(one) is int for one in numbered.ids)
+    assert made.rank(QUERY, numbered, np.int64(2)) == made.rank(QUERY, numbered.select(np.array(numbered.ids)), 2)
 
 
 @every_kind

@@ -169,6 +169,8 @@ def test_cut_candidates_are_said_once(dual: Any, tmp_path: Path) -> None:
         ([("a", "w9"), ("b", "w9"), ("a", "w9")], "'a' is given twice"),
         ([(3, "w9")], "is a text, not 3"),
         ([("a", None)], "not None"),
+        ([("a",)], "an id with its text, not"),
+        (["ab"], "an id with its text, not 'ab'"),
     ],
 )
 def test_bad_candidates(dual: Any, tmp_path: Path, rows: Any, says: str) -> None:
@@ -187,15 +189,16 @@ def test_bad_questions(dual: Any, tmp_path: Path) -> None:
             index.rank(QUERY)
         index.add(ROWS)
         for kind, says, settings in (
-            (OptionError, "at least 1 candidate, not 0", {"k": 0}),
-            (OptionError, "at least 1 candidate, not 0", {"chunk": 0}),
+            (OptionError, "whole number of candidates, at least 1, not 0", {"k": 0}),
+            (OptionError, "at least 1, not 1.5", {"k": 1.5}),
+            (OptionError, "whole number of candidates, at least 1, not 0", {"chunk": 0}),
             (DataError, "no candidates", {"ids": []}),
             (DataError, "'c01' is given twice", {"ids": ["c01", "c01"]}),
             (StoreError, "'zz' is not in", {"ids": ["c01", "zz"]}),
         ):
             with pytest.raises(kind, match=says):
                 index.rank(QUERY, **settings)
-        with pytest.raises(OptionError, match="at least 1 candidate"):
+        with pytest.raises(OptionError, match="at least 1, not"):
             index.add(ROWS, batch=0)
         with pytest.raises(DataError):
             index.rank(None)  # type: ignore[arg-type]

@@ -269,8 +269,13 @@ def test_rows_and_settings_that_do_not_fit(tmp_path: Path) -> None:
     ):
         with pytest.raises(OptionError, match=next(iter(bad))):
             PairLoss(**bad)
-    with pytest.raises(OptionError, match="at least 1 query"):
-        train(scorer("dual"), toy(2), tmp_path, batch_size=0, **QUIET)
+    for batch_size in (0, 1.5, "8"):
+        with pytest.raises(OptionError, match="whole number of queries, at least 1"):
+            train(scorer("dual"), toy(2), tmp_path, batch_size=batch_size, **QUIET)
+    for name in ("epochs", "learning_rate"):
+        for value in (0.0, math.nan, "3"):
+            with pytest.raises(OptionError, match=f"{name} must be a number above 0"):
+                train(scorer("dual"), toy(2), tmp_path, **{**QUIET, name: value})
 
 
 def test_training_that_diverges_is_an_error(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from thresher.calibration import Quality, agreement
 from thresher.errors import DataError, OptionError
 from thresher.measure.run import MODEL_INPUTS
 from thresher.model import find_encoder
+from thresher.tasks.given import as_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -46,6 +47,7 @@ class Part:
     @classmethod
     def of(cls, rows: datasets.Dataset, quality: RowsQuality | None, name: str) -> Part:
         """quality: from predictions and the rows they are of to a number."""
+        rows = as_rows(rows)
         if quality is None:
             return cls(rows, name=name)
 
@@ -165,6 +167,7 @@ def parts(
     elif test is not None:
         chosen, judged = Part.of(validation, quality, "the validation rows"), Part.of(test, quality, "the test rows")
     else:
+        validation = as_rows(validation)
         units = validation["group"][:] if "group" in validation.column_names else range(len(validation))
         first, second = halves(list(units), seed)
         chosen = Part.of(validation.select(first), quality, "one half of the validation rows")

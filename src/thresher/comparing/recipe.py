@@ -28,6 +28,7 @@ from thresher.comparing.standings import Standing, Target, apply, frontier, pick
 from thresher.errors import DataError, OptionError
 from thresher.model import attach, attachment_of, save
 from thresher.policy import PolicyConfig, Stage
+from thresher.tasks.given import as_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -149,7 +150,7 @@ def compare(
     from thresher.comparing.page import write_page
 
     target = Target.of(speedup, max_loss, LOSS)
-    directory = Path(directory)
+    directory, rows = Path(directory), as_rows(rows)
     _check(rows, passes, evaluations, speedups, trained_at)
     targets = [*(one for one in (Target("speedup", float(v)) for v in sorted({*speedups})) if one != target), target]
     of_stages = stage_settings(overrides, labels=labelled(rows))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
+from numbers import Integral
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ class Cache:
     terms: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_ids(self.ids)
+        object.__setattr__(self, "ids", check_ids(self.ids))
         if len(self.ids) != len(self.lengths) or int(self.lengths.sum()) != len(self.data):
             raise DataError(
                 f"{len(self.ids)} ids, {len(self.lengths)} lengths of {int(self.lengths.sum())} vectors and {len(self.data)} "
@@ -136,11 +137,12 @@ class Cache:
 
         Raises DataError for no ids, an id twice, or one that is not there.
         """
-        places = [self._place(name) for name in check_ids(tuple(ids))]
+        names = check_ids(tuple(ids))
+        places = [self._place(name) for name in names]
         index = torch.cat([torch.arange(self._starts[p], self._starts[p + 1]) for p in places]).to(self.data.device)
         scales = None if self.scales is None else self.scales[index]
         terms = None if self.terms is None else self.terms[places]
-        return Cache(tuple(ids), self.data[index], self.lengths[places], self.signature, scales, terms=terms)
+        return Cache(names, self.data[index], self.lengths[places], self.signature, scales, terms=terms)
 
     def _place(self, name: Id) -> int:
         found = self._places.get(name)
@@ -207,6 +209,7 @@ def check_ids(ids: tuple[Id, ...]) -> tuple[Id, ...]:
     """The ids again. Raises DataError where there is none, one is empty, of another type or given twice."""
     if not ids:
         raise DataError("There are no candidates; give at least one.")
+    ids = tuple(int(name) if _whole(name) else name for name in ids)  # type: ignore[call-overload]  # numpy's numbers too
     for name in ids:
         if isinstance(name, bool) or not isinstance(name, str | int):
             raise DataError(f"An id is a text or a whole number, not {name!r}.")
@@ -217,6 +220,20 @@ def check_ids(ids: tuple[Id, ...]) -> tuple[Id, ...]:
         twice = next(name for name in ids if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise DataError(f"The id {twice!r} is given twice; every candidate needs its own.")
     return ids
+
+
+def check_count(value: Any, what: str) -> int:
+    """How many candidates, as an int. what: the subject and verb of the error, "Ranking gives".
+
+    Raises OptionError for what is no whole number above 0.
+    """
+    if not _whole(value) or value < 1:
+        raise OptionError(f"{what} a whole number of candidates, at least 1, not {value!r}.")
+    return int(value)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _values(data: Tensor, scales: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from thresher.pairs.cache import Cache
 from thresher.pairs.keeping import CUT, Index
 from thresher.pairs.scorer import NO_NUMBER, TOKENS, Asked, Scorer, by_length
 from thresher.pairs.texts import check_row
+from thresher.tasks.given import as_rows
 from thresher.tasks.pairs import Pairs, pairs
 from thresher.tasks.ranking import ranking_metrics
 
@@ -103,6 +104,7 @@ def evaluate_corpus(
     Raises DataError for other columns, an id that is not in the corpus, or no right candidate at all.
     """
     _check_ranks(scorer)
+    rows = as_rows(rows)
     if missing := {"query", "relevant"} - set(rows.column_names):
         raise DataError(
             f"Queries of a corpus need the columns query and relevant; {sorted(missing)[0]!r} is not there."

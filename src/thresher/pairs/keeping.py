@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from thresher.errors import DataError, OptionError, StoreError
-from thresher.pairs.cache import Block, check_ids
+from thresher.pairs.cache import Block, check_count, check_ids
 from thresher.pairs.scorer import NO_NUMBER, TOKENS, Scorer
 from thresher.pairs.store import Candidates, CandidateStore
 from thresher.pairs.store.schema import VECTORS
@@ -113,8 +113,7 @@ class Index:
         Raises OptionError for a batch below 1, DataError for an id that is empty, no text or given twice, or for what is no
         text, StoreError as `CandidateStore.add` does; batches before that are kept.
         """
-        if batch < 1:
-            raise OptionError(f"A batch has at least 1 candidate, not {batch}.")
+        batch = check_count(batch, "A batch has")
         self.store.hold()  # another writer may have been here since this handle was opened
         seen: set[str] = set()
         new = there = cut = 0
@@ -174,8 +173,7 @@ class Index:
         ids: only these. The rest, errors too, as in `score`; OptionError also for k below 1 and a scorer of several classes,
         StoreError where a score is no number because a file is damaged.
         """
-        if k is not None and k < 1:
-            raise OptionError(f"Ranking gives at least 1 candidate, not {k}.")
+        k = None if k is None else check_count(k, "Ranking gives")
         if self.scorer.config.classes > 1:
             raise OptionError(f"A scorer of {self.scorer.config.classes} classes does not rank; use score.")
         names: list[Sequence[str]] = []
@@ -189,9 +187,7 @@ class Index:
         self, ids: Sequence[str] | None = None, chunk: int | None = None, names: list[Sequence[str]] | None = None
     ) -> Iterator[Block]:
         """The candidates chunk by chunk, as they are matched, on the scorer's device; the ids of each chunk go into `names`."""
-        size = self.scorer.chunk if chunk is None else chunk
-        if size < 1:
-            raise OptionError(f"A chunk has at least 1 candidate, not {size}.")
+        size = self.scorer.chunk if chunk is None else check_count(chunk, "A chunk has")
         if ids is not None:
             check_ids(tuple(ids))
         for found in self.store.chunks(size, ids, stored=True):
@@ -224,7 +220,10 @@ def _check_terms(directory: str | Path) -> None:
 
 def _check_new(candidates: Sequence[tuple[str, Text]], seen: set[str]) -> None:
     """Put the ids into `seen`. Raises DataError."""
-    for name, _ in candidates:
+    for one in candidates:
+        if not isinstance(one, list | tuple) or len(one) != 2:
+            raise DataError(f"A candidate that is kept is an id with its text, not {one!r:.80}.")
+        name = one[0]
         if not isinstance(name, str):
             raise DataError(f"The id of a candidate that is kept is a text, not {name!r}.")
         if not name:

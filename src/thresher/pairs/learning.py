@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -202,10 +203,10 @@ def train(
 
 
 def _check(epochs: float, batch_size: int, learning_rate: float) -> None:
-    if batch_size < 1:
-        raise OptionError(f"A step learns from at least 1 query, not {batch_size}.")
+    if not isinstance(batch_size, Integral) or batch_size < 1:
+        raise OptionError(f"A step learns from a whole number of queries, at least 1, not {batch_size!r}.")
     for name, value in (("epochs", epochs), ("learning_rate", learning_rate)):
-        if not 0.0 < value < math.inf:
+        if not isinstance(value, Real) or not 0.0 < value < math.inf:
             raise OptionError(f"{name} must be a number above 0, not {value!r}.")
 
 

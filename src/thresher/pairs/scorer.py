@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from thresher.errors import DataError, OptionError
 from thresher.model import attach, evaluating, is_attached
-from thresher.pairs.cache import Block, Cache, Id, Storage
+from thresher.pairs.cache import Block, Cache, Id, Storage, check_count
 from thresher.pairs.encoders import open_encoder
 from thresher.pairs.lexical import Lexical
 from thresher.pairs.reading import longest
@@ -274,9 +274,7 @@ class Scorer(nn.Module, Generic[ConfigT]):
         """
         if cache.signature != self.signature:
             raise DataError(f"The cache was made by {cache.signature}, and this scorer is {self.signature}.")
-        size = self.chunk if chunk is None else chunk
-        if size < 1:
-            raise OptionError(f"A chunk has at least 1 candidate, not {size}.")
+        size = self.chunk if chunk is None else check_count(chunk, "A chunk has")
         return self.score_blocks(query, cache.blocks(size, self.device))
 
     def score_blocks(self, query: Text, blocks: Iterable[Block]) -> Tensor:
@@ -301,8 +299,7 @@ class Scorer(nn.Module, Generic[ConfigT]):
         candidates: a cache; or texts, whose ids are then their places.
         Raises OptionError for k below 1 or a scorer of several classes; the rest as in `score`.
         """
-        if k is not None and k < 1:
-            raise OptionError(f"Ranking gives at least 1 candidate, not {k}.")
+        k = None if k is None else check_count(k, "Ranking gives")
         if self.config.classes > 1:
             raise OptionError(f"A scorer of {self.config.classes} classes does not rank; use score or predict.")
         cache = candidates if isinstance(candidates, Cache) else self.encode_candidates(candidates)
@@ -319,6 +316,9 @@ class Scorer(nn.Module, Generic[ConfigT]):
         """
         if not pairs:
             raise DataError("There are no pairs; give at least one.")
+        for number, pair in enumerate(pairs, start=1):
+            if not isinstance(pair, list | tuple) or len(pair) != 2:
+                raise DataError(f"Pair {number} is {pair!r:.80}, where a query and a candidate are expected.")
         queries, candidates = ([_key(pair[side]) for pair in pairs] for side in (0, 1))
         places = {text: place for place, text in enumerate(dict.fromkeys(candidates))}
         cache = self.encode_candidates(list(places))
@@ -366,4 +366,4 @@ def by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
 
 
 def _key(text: Text) -> Any:
-    return text if isinstance(text, str) else tuple(text)
+    return tuple(text) if isinstance(text, Sequence) and not isinstance(text, str) else text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,9 @@ from thresher.tasks.responses import EOS
 
 Text = str | Sequence[str] | Sequence[int]
 """A text; a dialogue (its utterances, oldest first); or token ids without special tokens."""
+
+
+HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,15 @@ def check_row(text: Any, vocabulary: int, number: int) -> None:
 def _tokenized(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     if not texts:
         return {}
-    return dict(zip(texts, by_itself(tokenizer, texts)["input_ids"], strict=True))
+    try:
+        return dict(zip(texts, by_itself(tokenizer, texts)["input_ids"], strict=True))
+    except (TypeError, UnicodeEncodeError) as error:
+        for text in texts:
+            if (half := HALF.search(text)) is not None:
+                raise DataError(
+                    f"A text has half a character (a lone surrogate), at {half.start()}: {text!r:.80}."
+                ) from error
+        raise
 
 
 def pair(query: list[int], candidate: list[int], frame: Frame) -> tuple[list[int], list[int]]:

@@ -15,6 +15,7 @@ import datasets
 from thresher.errors import DataError, OptionError, nearest
 from thresher.tasks.data import DATA_VARIABLE, load_rows, name_columns
 from thresher.tasks.files import data_suffix
+from thresher.tasks.given import as_rows
 
 SUFFIXES = (".txt", ".txt.gz", ".tsv", ".tsv.gz")
 """The endings of files in the layout that `read_tsv` reads."""
@@ -80,6 +81,7 @@ def dialogues(rows: datasets.Dataset, *, labelled: bool = True) -> datasets.Data
         DataError: there are no rows or not these columns, or a row (named, from 1) has no utterance, no candidate,
             something that is no text, or labels that do not fit its candidates.
     """
+    rows = as_rows(rows)
     there = rows.column_names
     forms = _FORMS if labelled else (*_FORMS, ("candidates",))
     if "context" not in there or not any(set(form) <= set(there) for form in forms):

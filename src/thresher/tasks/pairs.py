@@ -10,6 +10,7 @@ import datasets
 
 from thresher.errors import DataError
 from thresher.tasks.dialogues import dialogues
+from thresher.tasks.given import as_rows
 
 _TEXTS = datasets.Sequence(datasets.Value("string"))
 _NUMBERS = datasets.Sequence(datasets.Value("float64"))
@@ -50,6 +51,7 @@ def pairs(rows: datasets.Dataset) -> Pairs:
         DataError: there are no rows or none of these columns, or a row (named, from 1) has no candidates, something that is no
             text, or labels that do not fit.
     """
+    rows = as_rows(rows)
     if not len(rows):
         raise DataError("There are no rows.")
     there = set(rows.column_names)

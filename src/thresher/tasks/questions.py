@@ -13,6 +13,7 @@ import datasets
 
 from thresher.errors import DataError, OptionError
 from thresher.tasks.data import load_rows, local_file, name_columns
+from thresher.tasks.given import as_rows
 from thresher.tasks.question_files import NOWHERE, SUFFIXES, RawQuestion, raw_question, read_questions
 
 _BATCH = 1000  # questions handled at a time, so that only one batch is ever held as Python lists
@@ -105,6 +106,7 @@ def questions(
         DataError: there are no rows or not these columns, or a row (named by its id) has no context, an answer that
             does not stand where it says, evidence outside the context, or the id of another row.
     """
+    rows = as_rows(rows)
     there = rows.column_names
     if not {"question", "context"} <= set(there) or (labelled and "answers" not in there):
         raise DataError(

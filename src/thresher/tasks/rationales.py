@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from thresher.errors import DataError, OptionError
 from thresher.tasks.features import DEFAULT_MAX_LENGTH
+from thresher.tasks.given import as_rows
 from thresher.tasks.labels import class_numbers
 
 Span = tuple[int, int]  # [start, end) of words
@@ -77,6 +78,7 @@ def encode_rationales(
     Raises DataError, naming the row (from 1), for a column that is missing, words that are no texts, and a rationale that is no
     span or lies outside the words; OptionError for a tokenizer that does not know which word a token is of.
     """
+    rows = as_rows(rows)
     for name in ("tokens", "label", "rationales"):
         if name not in rows.column_names:
             raise DataError(f"Rows with rationales need a column '{name}' (there are {', '.join(rows.column_names)}).")

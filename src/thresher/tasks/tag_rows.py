@@ -9,6 +9,7 @@ import datasets
 
 from thresher.errors import DataError
 from thresher.tasks.data import map_columns
+from thresher.tasks.given import as_rows
 
 OUTSIDE = "O"
 BIO = re.compile(r"O|[BI]-.+", re.DOTALL)
@@ -23,6 +24,7 @@ def canonical(rows: datasets.Dataset) -> datasets.Dataset:
     Raises:
         DataError: no column is known to be the words.
     """
+    rows = as_rows(rows)
     there = rows.column_names
     mapping = {}
     for name, aliases in (("tokens", TOKEN_ALIASES), ("tags", TAG_ALIASES)):

@@ -16,6 +16,7 @@ from thresher.tasks import labels as label_values
 from thresher.tasks import scores
 from thresher.tasks.data import map_columns
 from thresher.tasks.features import EncodedRows, encode_texts
+from thresher.tasks.given import as_rows
 from thresher.tasks.long_texts import STRIDE, encode_windows
 
 __all__ = ["EncodedRows", "Kind", "TextTask", "canonical"]
@@ -42,6 +43,7 @@ def canonical(rows: datasets.Dataset) -> datasets.Dataset:
     Raises:
         DataError: no column is known to be the text.
     """
+    rows = as_rows(rows)
     there = rows.column_names
     mapping: dict[str, str] = {}
     if "text" not in there:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from thresher.errors import DataError, OptionError
 from thresher.tasks.dialogues import dialogues as response_selection
+from thresher.tasks.given import as_rows
 from thresher.tasks.responses import EOS, PairFrame
 
 RANDOM, SAME_DIALOGUE, NEXT = 0, 1, 2
@@ -34,6 +35,7 @@ def read_dialogues(rows: datasets.Dataset) -> list[list[str]]:
         DataError: the columns are others, or a row (named, from 1) has no turns, something that is no text, or labels
             that do not fit its candidates.
     """
+    rows = as_rows(rows)
     if "turns" in rows.column_names:
         return [_turns(turns, number) for number, turns in enumerate(rows.with_format(None)["turns"], start=1)]
     if "context" not in rows.column_names:

@@ -24,6 +24,7 @@ from thresher.frontier import Frontier
 from thresher.measure.run import run, run_packed
 from thresher.model import Attachment, attach, attachment_of, find_encoder, load, policy_of, save, set_config
 from thresher.policy import Mode, PolicyConfig, Stage
+from thresher.tasks.given import as_rows
 from thresher.training import frontiers
 from thresher.training.epochs import BEST, POINT, Epochs, best, fastest, judged, kept
 from thresher.training.learner import stock_copy
@@ -78,6 +79,7 @@ def fit(
     arguments: anything else run_stage takes.
     Under torchrun every process calls it with the same arguments, and a directory that all of them see; the main one writes.
     """
+    rows, validation = as_rows(rows), None if validation is None else as_rows(validation)
     attach(model, policy, exit=exit)
     attachment_of(model).notes.update(notes or {})
     plan = planned(model, stages, overrides or {}, fine_tune=fine_tune)

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from thresher.errors import OptionError
 from thresher.measure.run import MODEL_INPUTS
 from thresher.model import attach, detach, evaluating, find_encoder, is_attached, save
 from thresher.policy import Stage
+from thresher.tasks.given import as_rows
 from thresher.training.learner import LABELS, stock_copy
 from thresher.training.resuming import begin, by_one, refuse_another_run
 from thresher.training.row_losses import row_losses
@@ -53,8 +55,8 @@ def student(model: ModelT, layers: int) -> ModelT:
     encoder = find_encoder(made)
     config, there = encoder.config, enter(encoder).layers
     depth = config.num_hidden_layers
-    if not 1 <= layers <= depth:
-        raise OptionError(f"A student has from 1 to the {depth} layers of its teacher, not {layers}.")
+    if not isinstance(layers, Integral) or not 1 <= layers <= depth:
+        raise OptionError(f"A student has from 1 to the {depth} layers of its teacher, not {layers!r}.")
     kept = [round(place) for place in np.linspace(0, depth - 1, layers).tolist()]
     if len(there) == depth:
         _keep_layers(encoder, [there[number] for number in kept])
@@ -79,14 +81,17 @@ def head_importance(model: Any, rows: datasets.Dataset) -> Tensor:
     The factor, 1, is on the head's output (Michel et al. 2019, equation 2); one gradient gives those of all heads. Rows are
     read one by one, since padding has a part in the loss of question answering.
     model: with a head for the task; rows: encoded, with labels or the ends of answers.
-    Raises OptionError for rows without them, UnsupportedModelError for a family whose layers cannot be opened.
+    Raises OptionError for rows without them or not encoded, UnsupportedModelError for a family whose layers cannot be opened.
     """
     encoder = find_encoder(model)
     layers = open_layers(encoder)
+    rows = as_rows(rows)
     if not len(rows):
         raise OptionError("The importance of heads is measured on rows, and there are none.")
     sigmoid = getattr(encoder.config, "problem_type", None) == "multi_label_classification"
     names = [name for name in rows.column_names if name in (*MODEL_INPUTS, *LABELS)]
+    if "input_ids" not in names:
+        raise OptionError(f"Rows are encoded first: they need input_ids, and have {', '.join(rows.column_names)}.")
     total = torch.zeros(len(layers), layers[0].heads)
     with evaluating(model), stock():
         for row in rows.select_columns(names):
@@ -156,6 +161,7 @@ def distil(
     An interrupted run goes on when called again with the same arguments. Raises OptionError for rows without the labels that
     the stage learns from, or when `directory` holds an unfinished run with other settings.
     """
+    rows = as_rows(rows)
     work = Path(directory) / "training"
     processes = PartialState(cpu=trains_on_cpu(arguments))
     ends = [rows[number]["input_ids"] for number in (0, -1)] if len(rows) else []
