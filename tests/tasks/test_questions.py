@@ -347,9 +347,9 @@ def test_rows_of_two_kinds(tmp_path: Path) -> None:
         ("number.json", b"5", "holds a int"),
         ("list.jsonl", b"[1]\n", "line 1 is a list"),
         ("deep.json", b"[" * 100_000, "nested too deep|not valid JSON"),
-        ("data.json", b'{"data": 5}', "'data' is a int, not a list"),
-        ("paragraphs.json", b'{"data": [{"title": "x"}]}', "without 'paragraphs'"),
-        ("qas.json", b'{"data": [{"paragraphs": [{"context": "a"}]}]}', "without 'qas'"),
+        ("data.json", b'{"data": 5}', "has no list 'data'"),
+        ("paragraphs.json", b'{"data": [{"title": "x"}]}', "article 1 has no list 'paragraphs', which SQuAD"),
+        ("qas.json", b'{"data": [{"paragraphs": [{"context": "a"}]}]}', "article 1, paragraph 1 has no list 'qas'"),
         ("qa.json", b'{"data": [{"paragraphs": [{"context": "a", "qas": [5]}]}]}', "question 1 is no object"),
         (
             "mrqa.jsonl",
@@ -368,6 +368,31 @@ def test_a_file_that_is_malformed(tmp_path: Path, name: str, data: bytes, match:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=match):
         load_questions(tmp_path / name)
+
+
+def test_a_malformed_part_of_a_squad_file_can_be_left_out(tmp_path: Path) -> None:
+    found = squad(ROWS)
+    good = found["data"][0]["paragraphs"]
+    bad = [5, {"qas": []}, {"context": "a", "qas": {}}, {"context": "a"}]
+    found["data"] = ["x", {"title": "y"}, {"title": "z", "paragraphs": None}, {"paragraphs": [*bad, *good]}]
+    (tmp_path / "whole.json").write_text(json.dumps(found))
+    (tmp_path / "lines.jsonl").write_text(lines(found["data"]))
+    with pytest.raises(DataError, match=r"whole\.json, article 1 is a str, where an object is expected\.$"):
+        load_questions(tmp_path / "whole.json")
+    told: list[tuple[str, str]] = []
+    kept = load_questions(tmp_path / "whole.json", skip_bad=True, on_bad=lambda *one: told.append(one))
+    (tmp_path / "good.json").write_text(json.dumps(squad(ROWS)))
+    assert kept.to_list() == load_questions(tmp_path / "good.json").to_list()
+    assert [name for name, _ in told] == [
+        "article 1", "article 2", "article 3", *(f"article 4, paragraph {n}" for n in (1, 2, 3, 4))
+    ]  # fmt: skip
+    assert "no 'context'" in told[4][1] and "no list 'qas'" in told[5][1] and "no list 'qas'" in told[6][1]
+    told.clear()
+    assert (
+        load_questions(tmp_path / "lines.jsonl", skip_bad=True, on_bad=lambda *one: told.append(one)).to_list()
+        == kept.to_list()
+    )
+    assert [name for name, _ in told][:4] == ["line 1", "line 2", "line 3, article 1", "line 4, article 1, paragraph 1"]
 
 
 def test_a_file_that_is_cut_short_is_never_a_bad_row(tmp_path: Path) -> None:

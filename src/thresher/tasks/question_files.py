@@ -19,6 +19,8 @@ from thresher.tasks.files import what_is_wrong
 SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
 """The endings of files that `read_questions` reads."""
 
+IN_SQUAD = "which SQuAD's layout has here"
+
 NOWHERE = -1
 """The start of an answer that is accepted but does not stand in the context (MRQA, HotpotQA)."""
 
@@ -61,21 +63,23 @@ def read_questions(
     """
     names = _Names(columns or {}, usual or {})
     if ".jsonl" in path.name.lower():
-        return _of_objects(path, _parsed_lines(path), "line", names)
+        return _of_objects(_parsed_lines(path), "line", names)
     content = _whole(path)
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
         if _is_object(content.lstrip().split("\n", 1)[0]):  # a .json file of one object a line
-            return _of_objects(path, _parsed_lines(path), "line", names)
+            return _of_objects(_parsed_lines(path), "line", names)
         raise DataError(f"{path} {_invalid(error)}; is the file whole?") from error
     if isinstance(found, dict) and "data" in found:
-        return _squad(path, found["data"], names)
+        if not isinstance(found["data"], list):
+            raise DataError(f"{path} has no list 'data', {IN_SQUAD}.")
+        return _squad(found["data"], names)
     if isinstance(found, dict):
         found = [found]
     if not isinstance(found, list):
         raise DataError(f"{path} holds a {type(found).__name__}, where questions are expected.")
-    return _of_objects(path, enumerate(found, start=1), "question", names)
+    return _of_objects(enumerate(found, start=1), "question", names)
 
 
 def raw_question(place: str, row: Mapping[str, Any]) -> RawQuestion:
@@ -116,7 +120,7 @@ class _Names:
 # --- layouts ---------------------------------------------------------------------------------------------------------
 
 
-def _of_objects(path: Path, objects: Iterable[tuple[int, Any]], unit: str, names: _Names) -> Iterator[RawQuestion]:
+def _of_objects(objects: Iterable[tuple[int, Any]], unit: str, names: _Names) -> Iterator[RawQuestion]:
     """Objects with their numbers; one that is a DataError could not be parsed."""
     for number, found in objects:
         place = f"{unit} {number}"
@@ -129,7 +133,7 @@ def _of_objects(path: Path, objects: Iterable[tuple[int, Any]], unit: str, names
         elif "qas" in found:
             yield from _mrqa(place, found, names)
         elif "paragraphs" in found:
-            yield from _squad(path, [found], names)
+            yield from _squad([found], names, f"{place}, ")
         else:
             try:
                 found = names.of(found)
@@ -139,15 +143,30 @@ def _of_objects(path: Path, objects: Iterable[tuple[int, Any]], unit: str, names
             yield (_hotpot if "supporting_facts" in found else raw_question)(place, found)
 
 
-def _squad(path: Path, articles: Any, names: _Names) -> Iterator[RawQuestion]:
+def _squad(articles: list[Any], names: _Names, where: str = "") -> Iterator[RawQuestion]:
     number = 0
-    for article in _list(path, articles, "data"):
-        for paragraph in _list(path, _field(path, article, "paragraphs"), "paragraphs"):
-            if not names.renames("context"):
-                _field(path, paragraph, "context")
-            for qa in _list(path, _field(path, paragraph, "qas"), "qas"):
+    for count, article in enumerate(articles, start=1):
+        place = f"{where}article {count}"
+        if problem := _lacks(article, "paragraphs"):
+            yield RawQuestion(place, problem=problem)
+            continue
+        for within, paragraph in enumerate(article["paragraphs"], start=1):
+            problem = _lacks(paragraph, "qas")
+            if not problem and "context" not in paragraph and not names.renames("context"):
+                problem = f"has no 'context', {IN_SQUAD}"
+            if problem:
+                yield RawQuestion(f"{place}, paragraph {within}", problem=problem)
+                continue
+            for qa in paragraph["qas"]:
                 number += 1
-                yield _inside(f"question {number}", paragraph, qa, names)
+                yield _inside(f"{where}question {number}", paragraph, qa, names)
+
+
+def _lacks(found: Any, name: str) -> str:
+    """What is wrong with an object that should hold a list of this name, a sentence without its subject; "" for nothing."""
+    if not isinstance(found, dict):
+        return f"is a {type(found).__name__}, where an object is expected"
+    return "" if isinstance(found.get(name), list) else f"has no list '{name}', {IN_SQUAD}"
 
 
 def _inside(place: str, paragraph: dict[str, Any], qa: Any, names: _Names) -> RawQuestion:
@@ -260,18 +279,6 @@ def _answers(value: Any) -> tuple[list[tuple[Any, Any]] | None, str]:
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
-
-
-def _field(path: Path, found: Any, name: str) -> Any:
-    if not isinstance(found, dict) or name not in found:
-        raise DataError(f"{path} is not in SQuAD's layout: an object without '{name}' stands where one is expected.")
-    return found[name]
-
-
-def _list(path: Path, found: Any, name: str) -> list[Any]:
-    if not isinstance(found, list):
-        raise DataError(f"{path} is not in SQuAD's layout: '{name}' is a {type(found).__name__}, not a list.")
-    return found
 
 
 def _whole(path: Path) -> str:
