@@ -36,7 +36,7 @@ def trained(bench: Bench, validation: Encoded) -> Any:
     print(f"{len(rows)} pairs to train on, {args.passes} passes", flush=True)
     return thresher.fit(
         start,
-        bench.fitted(thresher.ASE()),
+        bench.fitted(thresher.ASE(), start),
         rows,
         bench.tokenizer,
         directory,

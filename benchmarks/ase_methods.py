@@ -65,7 +65,7 @@ class Contest:
             return found
         return thresher.fit(
             start,
-            self.bench.fitted(policy),
+            self.bench.fitted(policy, start),
             self.rows,
             self.bench.tokenizer,
             directory,

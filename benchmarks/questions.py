@@ -161,11 +161,11 @@ class Bench:
     def model(self, policy: PolicyConfig | None = None, start: Path | None = None) -> Any:
         """A start, packed, with a method."""
         model = AutoModelForQuestionAnswering.from_pretrained(start or self.start).eval().to(DEVICE)
-        return thresher.attach(model, None if policy is None else self.fitted(policy))
+        return thresher.attach(model, None if policy is None else self.fitted(policy, model))
 
-    def fitted(self, policy: PolicyConfig) -> PolicyConfig:
+    def fitted(self, policy: PolicyConfig, model: Any) -> PolicyConfig:
         """With the question kept."""
-        return QuestionWork(question=self.task).fitting(policy, self.tokenizer)
+        return QuestionWork(question=self.task).fitting(policy, self.tokenizer, model)
 
     def trained(
         self,
@@ -198,7 +198,7 @@ class Bench:
         epochs = {stage: count / len(self.train) for stage, count in passes.items()}
         return thresher.fit(
             begun,
-            self.fitted(policy),
+            self.fitted(policy, begun),
             self.train,
             self.tokenizer,
             directory,

@@ -169,11 +169,11 @@ class Bench:
     def model(self, policy: PolicyConfig | None = None) -> Any:
         """The start, packed, with a method."""
         model = AutoModelForSequenceClassification.from_pretrained(self.args.start).eval().to(DEVICE)
-        return thresher.attach(model, None if policy is None else self.fitted(policy))
+        return thresher.attach(model, None if policy is None else self.fitted(policy, model))
 
-    def fitted(self, policy: PolicyConfig) -> PolicyConfig:
+    def fitted(self, policy: PolicyConfig, model: Any) -> PolicyConfig:
         """With the tokens that stay: [CLS], [SEP] and [EOS]."""
-        return ResponseWork(response=self.task).fitting(policy, self.tokenizer)
+        return ResponseWork(response=self.task).fitting(policy, self.tokenizer, model)
 
     def settings(self, start: Any, validation: Encoded) -> dict[str, Any]:
         """What two trainings must have in common for one to stand for the other."""

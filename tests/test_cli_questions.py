@@ -102,9 +102,11 @@ def test_rows_with_answers_are_taken_for_questions(place: Path, tmp_path: Path) 
     assert (found["task"]["kind"], found["metric"]) == ("qa", "exact_match")
 
 
-def test_the_question_is_kept_without_token_types(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("typed", [False, True])
+def test_the_question_is_kept_without_token_types(place: Path, tmp_path: Path, typed: bool) -> None:
+    """typed: the tokenizer gives types, as BERT's does, and the model takes none."""
     names = json.loads((place / "distil" / "tokenizer_config.json").read_text())
-    names["model_input_names"] = ["input_ids", "attention_mask"]
+    names["model_input_names"] = ["input_ids", *(["token_type_ids"] if typed else []), "attention_mask"]
     (place / "distil" / "tokenizer_config.json").write_text(json.dumps(names))
     data = (place / "train.jsonl", "--validation", place / "valid.jsonl", "--out", tmp_path / "out")
     ok("fit", place / "distil", *data, "--task", "qa", "--method", "attention-mass", "--speedup", 1.2, *QUICK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -126,6 +127,12 @@ def geometry(model: PreTrainedModel, *, gated: bool = False) -> Geometry:
         gated=gated,
         head=config.hidden_size // heads if removed else None,
     )
+
+
+def takes_types(encoder: PreTrainedModel) -> bool:
+    """Whether the family tells the two texts of a pair apart by token types."""
+    known = "token_type_ids" in inspect.signature(type(encoder).forward).parameters
+    return known and getattr(encoder.config, "type_vocab_size", 0) > 1
 
 
 def removed_heads(config: Any) -> list[list[int]]:

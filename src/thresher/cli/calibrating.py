@@ -73,7 +73,7 @@ def calibrate(
     if config is not None:
         if out is None:
             raise OptionError("--method attaches a policy that DIR was not saved with; give --out for the result.")
-        thresher.attach(opened.model, opened.work.fitting(config, opened.tokenizer))
+        thresher.attach(opened.model, opened.work.fitting(config, opened.tokenizer, opened.model))
     elif not opened.has_policy and attachment_of(opened.model).exit is None:
         raise OptionError(
             f"{directory} has no method to calibrate; give one that needs no training (--method attention-mass --out DIR), or "

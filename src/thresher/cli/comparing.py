@@ -225,7 +225,7 @@ def compare(
             evaluations=evaluations or 100,
             sampler=sampler or "nsga2",
             overrides=overrides,
-            fitting=lambda config: start.work.fitting(config, start.tokenizer),
+            fitting=lambda config: start.work.fitting(config, start.tokenizer, start.model),
             clock=Clock(rounds=rounds) if rounds else None,
             seed=seed,
             notes={"task": start.work.notes()},

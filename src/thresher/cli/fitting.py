@@ -176,7 +176,7 @@ def fit(
     )
     start = in_windows(start, windows)
     lessons = _lessons(start.work.kind, new_head, fine_tune, no_labels, overrides)
-    config = None if config is None else start.work.fitting(config, start.tokenizer)
+    config = None if config is None else start.work.fitting(config, start.tokenizer, start.model)
     encoded = start.encode(rows, columns, labels=lessons.labels, training=True)
     _refuse_unserved(config, encoded)
     if lessons.labels:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import datasets
 import numpy as np
 
-from thresher.cli.work import Scores, Truth, Work
+from thresher.cli.work import Scores, Truth, Work, with_segments
 from thresher.errors import OptionError, nearest
 from thresher.policy import PolicyConfig
 from thresher.tasks.answer_scores import METRICS
@@ -77,13 +77,11 @@ class QuestionWork(Work):
         task = replace(self.question, max_length=limit)
         return task.encode(rows, tokenizer, labelled=True if labels else None, training=training)
 
-    def fitting(self, config: PolicyConfig, tokenizer: Any) -> PolicyConfig:
+    def fitting(self, config: PolicyConfig, tokenizer: Any, model: Any) -> PolicyConfig:
         """The question stays; where there are no types, the separator ends it."""
         if not config.protect_segments:
             config = config.replace(protect_segments=(0,))
-        if config.segment_end is None and "token_type_ids" not in tokenizer.model_input_names:
-            config = config.replace(segment_end=tokenizer.sep_token_id)
-        return config
+        return with_segments(config, tokenizer, model)
 
     def quality(self, truth: Truth | None, reference: np.ndarray) -> Callable[[np.ndarray], float] | None:
         return None if truth is None else lambda predictions: self.scores(predictions, truth)[self.measure]

@@ -148,7 +148,7 @@ def _opened(directory: str, place: str, config: PolicyConfig | None) -> Opened:
 
     opened = open_model(directory, place, plain_is_news=config is None)
     if config is not None:
-        thresher.attach(opened.model, opened.work.fitting(config, opened.tokenizer))
+        thresher.attach(opened.model, opened.work.fitting(config, opened.tokenizer, opened.model))
     elif not opened.has_policy:
         raise OptionError(
             f"{directory} has no method to search for; give one that needs no training (--method attention-mass --out DIR), or "

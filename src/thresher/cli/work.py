@@ -28,6 +28,15 @@ Scores = dict[str, float]
 RANKING = ("R@1", "MAP", "MRR", "P@1")
 
 
+def with_segments(config: PolicyConfig, tokenizer: Any, model: Any) -> PolicyConfig:
+    """A method that knows where the first text ends: the separator says it where the model is told no types."""
+    from thresher.backbones.general import takes_types
+    from thresher.model import find_encoder
+
+    told = "token_type_ids" in tokenizer.model_input_names and takes_types(find_encoder(model))
+    return config if told or config.segment_end is not None else config.replace(segment_end=tokenizer.sep_token_id)
+
+
 @dataclass(frozen=True)
 class Truth:
     """What answers are judged by. groups: the dialogue that each row belongs to, where rows are candidates. questions: what
@@ -172,7 +181,7 @@ class Work:
         pair = "text_pair" in given.column_names
         return encode_texts(given, ["text", "text_pair"] if pair else ["text"], tokenizer, limit)
 
-    def fitting(self, config: PolicyConfig, tokenizer: Any) -> PolicyConfig:
+    def fitting(self, config: PolicyConfig, tokenizer: Any, model: Any) -> PolicyConfig:
         """A method's settings with what this task gives them where they leave it open."""
         return config
 
@@ -339,7 +348,7 @@ class ResponseWork(Work):
         encoded = replace(self.response, max_length=limit).encode(rows, tokenizer, negatives=1 if training else None)
         return replace(encoded, rows=encoded.rows.remove_columns("group")) if training else encoded
 
-    def fitting(self, config: PolicyConfig, tokenizer: Any) -> PolicyConfig:
+    def fitting(self, config: PolicyConfig, tokenizer: Any, model: Any) -> PolicyConfig:
         """Special tokens stay, which close utterances too; where there are no types, the separator ends the context."""
         if not config.protect_ids:
             special = (
@@ -348,9 +357,7 @@ class ResponseWork(Work):
                 tokenizer.convert_tokens_to_ids(self.response.eos),
             )
             config = config.replace(protect_ids=tuple(sorted({i for i in special if i is not None})))
-        if config.segment_end is None and "token_type_ids" not in tokenizer.model_input_names:
-            config = config.replace(segment_end=tokenizer.sep_token_id)
-        return config
+        return with_segments(config, tokenizer, model)
 
     def quality(self, truth: Truth | None, reference: np.ndarray) -> Callable[[np.ndarray], float] | None:
         return None if truth is None else lambda predictions: self._ranked(predictions, truth)[self.measure]

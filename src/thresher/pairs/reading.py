@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Collection, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from thresher.backbones.general import takes_types
 from thresher.backbones.opened import OpenedLayer
 from thresher.engine import keep_everything
 from thresher.model import attachment_of
@@ -193,12 +193,6 @@ def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
     """[B, N] int64"""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
-
-
-def takes_types(encoder: PreTrainedModel) -> bool:
-    """Whether the family tells the two texts of a pair apart by token types."""
-    known = "token_type_ids" in inspect.signature(type(encoder).forward).parameters
-    return known and getattr(encoder.config, "type_vocab_size", 0) > 1
 
 
 def longest(encoder: PreTrainedModel) -> int:

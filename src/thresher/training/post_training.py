@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import math
 import shutil
@@ -34,6 +33,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from thresher.backbones.general import takes_types
 from thresher.checkpoint import staged
 from thresher.errors import CheckpointError, OptionError, UnsupportedModelError, first_line
 from thresher.model import attach, detach
@@ -160,8 +160,7 @@ class PostTraining(nn.Module):
                 owner, _, leaf = name.rpartition(".")
                 delattr(self.get_submodule(owner), leaf)
                 vars(self.get_submodule(owner))[leaf] = parameter
-        takes = inspect.signature(type(encoder).forward).parameters
-        self.takes_types = "token_type_ids" in takes and getattr(encoder.config, "type_vocab_size", 1) > 1
+        self.takes_types = takes_types(encoder)
 
     def forward(self, labels: Tensor, relevance: Tensor, **batch: Tensor) -> dict[str, Tensor]:
         if not self.takes_types:
