@@ -62,7 +62,8 @@ def record(
 ) -> dict[str, Any]:
     """Write one record (replacing an older one of the same id) and return it. target: e.g. ">= 2.5".
 
-    cell: heading, row and column of a table in which the documents show it; it then has "flops_speedup" in its spread.
+    cell: heading, row and column of a table in which the documents show it, with the "flops_speedup" of its spread or, where
+        there is none, all of the spread.
     """
     entry = {
         "id": id,
@@ -143,7 +144,7 @@ def markdown(entries: list[dict[str, Any]]) -> str:
 
 
 def _grid(heading: str, entries: list[dict[str, Any]]) -> str:
-    """Each cell: the value, and the FLOPs ratio that it was found at."""
+    """Each cell: the value, and the FLOPs ratio that it was found at, or else what its spread says."""
     rows, columns = (list(dict.fromkeys(entry["cell"][place] for entry in entries)) for place in (1, 2))
     columns.sort(key=lambda name: float((re.findall(r"\d+(?:\.\d+)?", name) or [0])[0]))
     found = {tuple(entry["cell"][1:]): entry for entry in entries}
@@ -153,7 +154,10 @@ def _grid(heading: str, entries: list[dict[str, Any]]) -> str:
         if entry is None:
             return "-"
         error = entry["spread"].get("standard_error")
-        return f"{entry['value']:.2f}{f' ± {error}' if error else ''} ({entry['spread']['flops_speedup']:.2f}x)"
+        spread = entry["spread"]
+        ratio = spread.get("flops_speedup")
+        beside = ", ".join(f"{k} {v}" for k, v in spread.items()) if ratio is None else f"{ratio:.2f}x"
+        return f"{entry['value']:.2f}{f' ± {error}' if error else ''} ({beside})"
 
     lines = [f"| {heading} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     lines += [f"| {row} | {' | '.join(said(row, column) for column in columns)} |" for row in rows]
