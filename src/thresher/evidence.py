@@ -92,7 +92,7 @@ class Gathered:
         if wanted.block and sizes is not None:
             self.counts = [-(-n // wanted.block) for n in sizes]
             shape = (sum(self.counts), len(query), wanted.block, wanted.block)
-            self.tiles = torch.zeros(shape, dtype=torch.float32, device=query.device)
+            self.tiles = torch.empty(shape, dtype=torch.float32, device=query.device)
             self.places = self.tiles.split(self.counts)
 
     def row(self, row: Row) -> _RowEvidence:

@@ -10,16 +10,17 @@ from thresher.packed import being_exported
 
 
 def diagonal_tiles(probabilities: Tensor, size: int, out: Tensor | None = None) -> Tensor:
-    """[ceil(n / size), h, size, size] from [h, n, n]; zero beyond n. out: zeros of that shape, to write into."""
+    """[ceil(n / size), h, size, size] from [h, n, n]; zero beyond n. out: of that shape, to write into."""
     if being_exported():
         return _traced(probabilities, size)
     heads, n, _ = probabilities.shape
     whole, rest = divmod(n, size)
     if out is None:
-        out = probabilities.new_zeros(whole + (rest > 0), heads, size, size)
+        out = probabilities.new_empty(whole + (rest > 0), heads, size, size)
     tiles = probabilities[:, : whole * size, : whole * size].unflatten(1, (whole, size)).unflatten(3, (whole, size))
     out[:whole] = tiles.diagonal(dim1=1, dim2=3).permute(3, 0, 1, 2)
-    if rest:
+    if rest:  # only here is anything beyond n: to clear all of it costs as much as to write it
+        out[whole].zero_()
         out[whole, :, :rest, :rest] = probabilities[:, whole * size :, whole * size :]
     return out
 
