@@ -370,6 +370,19 @@ def test_a_file_that_is_malformed(tmp_path: Path, name: str, data: bytes, match:
         load_questions(tmp_path / name)
 
 
+def test_questions_without_an_id_get_one_that_nobody_has(tmp_path: Path) -> None:
+    qas = [{"question": row["question"], "answers": [], "detected_answers": []} for row in ROWS[:2]]
+    nameless = {"context": "It turns.", "qas": qas}
+    (tmp_path / "mrqa.jsonl").write_text(lines([nameless, nameless]))
+    assert load_questions(tmp_path / "mrqa.jsonl")["id"] == ["1", "2", "3", "4"]
+    articles = [{"title": "t", "paragraphs": [{"context": "It turns.", "qas": qas}]}] * 2
+    (tmp_path / "articles.jsonl").write_text(lines(articles))
+    assert load_questions(tmp_path / "articles.jsonl", labelled=False)["id"] == ["1", "2", "3", "4"]
+    rows = [{"context": "It turns.", "question": "What?", "id": name} for name in ("a", "3", None, "*")]
+    (tmp_path / "rows.jsonl").write_text(lines(rows))
+    assert load_questions(tmp_path / "rows.jsonl", labelled=False)["id"] == ["a", "3", "3*", "*"]
+
+
 def test_a_malformed_part_of_a_squad_file_can_be_left_out(tmp_path: Path) -> None:
     found = squad(ROWS)
     good = found["data"][0]["paragraphs"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def questions(
     """Questions in one form: `id`, `question`, `context`, `answers` and, where rows have it, `evidence`.
 
     Args:
-        rows: the columns question and context; id (numbers from 1 stand in for it); answers, as {text: [...],
+        rows: the columns question and context; id (the question's number, from 1, stands in for it, marked with * where another is called that); answers, as {text: [...],
             answer_start: [...]} with starts in characters, no answers where the context holds none, and the start -1
             for an answer that is accepted but stands nowhere in the context; evidence, as [start, end) of characters.
         labelled: True requires answers; None takes them where they are there; False leaves them unread, and the column
@@ -204,9 +204,11 @@ class _Bad:
 def _checked(found: Iterable[RawQuestion], where: str, labelled: bool | None, bad: _Bad) -> Iterator[Question]:
     """The questions that are well."""
     seen: set[str] = set()
-    for raw in found:
+    for number, raw in enumerate(found, start=1):
         try:
             one = check(raw, labelled)
+            if not _name(raw):
+                one = replace(one, id=_unused(str(number), seen))
             if one.id in seen:
                 raise DataError("has the id of an earlier question; ids are unique")
         except DataError as error:
@@ -218,6 +220,13 @@ def _checked(found: Iterable[RawQuestion], where: str, labelled: bool | None, ba
             continue
         seen.add(one.id)
         yield one
+
+
+def _unused(name: str, seen: set[str]) -> str:
+    """The name, marked where a question is really called that."""
+    while name in seen:
+        name += "*"
+    return name
 
 
 def _collect(
