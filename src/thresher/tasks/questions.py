@@ -94,9 +94,10 @@ def questions(
     """Questions in one form: `id`, `question`, `context`, `answers` and, where rows have it, `evidence`.
 
     Args:
-        rows: the columns question and context; id (the question's number, from 1, stands in for it, marked with * where another is called that); answers, as {text: [...],
-            answer_start: [...]} with starts in characters, no answers where the context holds none, and the start -1
-            for an answer that is accepted but stands nowhere in the context; evidence, as [start, end) of characters.
+        rows: the columns question and context; id (its number, from 1, stands in for it, marked with * where another is
+            called that); answers, as {text: [...], answer_start: [...]} with starts in characters, no answers where the
+            context holds none, and the start -1 for an answer that is accepted but stands nowhere in the context;
+            evidence, as [start, end) of characters.
         labelled: True requires answers; None takes them where they are there; False leaves them unread, and the column
             out.
         skip_bad: leave out rows that are bad, and warn of how many and which; rather than stop at the first.
