@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,32 @@ def test_what_is_no_place_for_a_store(place: Path, tmp_path: Path) -> None:
     before = sorted(store.glob("segment-*"))
     fails(*words(place, store), match="none of them is a store's")
     assert before and sorted(store.glob("segment-*")) == before
+
+
+def test_a_store_knows_its_scorer(place: Path, tmp_path: Path) -> None:
+    store, moved = tmp_path / "s", tmp_path / "scorer"
+    shutil.copytree(place / "mixencoder", moved)
+    said = call("index", place / "rows.jsonl", "--model", moved, "--store", store)
+    assert f'thresher rank "…" --store {store}' in " ".join(said.stdout.split())
+    assert ok("rank", QUERY, "--store", store) == ranked(place, store)
+    moved.rename(tmp_path / "elsewhere")
+    fails("rank", QUERY, "--store", store, match="its scorer was .*, where nothing is now; give --model DIR")
+    (store / "scorer.txt").unlink()
+    fails("rank", QUERY, "--store", store, match="does not say where its scorer is; give --model DIR")
+    fails("rank", QUERY, "--store", tmp_path / "none", match="holds no candidate store")
+
+
+def test_nothing_is_added_to_a_damaged_store(place: Path, tmp_path: Path) -> None:
+    store = tmp_path / "s"
+    ok(*words(place, store))
+    (segment,) = store.glob("segment-*")
+    content = segment.read_bytes()
+    segment.write_bytes(bytes([content[0] ^ 64]) + content[1:])
+    before = sorted((file.name, file.stat().st_size) for file in store.iterdir())
+    fails(*words(place, store), match="is damaged")
+    assert sorted((file.name, file.stat().st_size) for file in store.iterdir()) == before
+    segment.write_bytes(content)
+    assert ok(*words(place, store))["there"] == 6
 
 
 def test_queries_that_are_empty_or_too_long(place: Path, tmp_path: Path) -> None:

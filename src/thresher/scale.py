@@ -4,9 +4,11 @@
 that they fit Ray Data as they are:
 
     rows = ray.data.read_json("passages.jsonl")
-    encoded = rows.map_batches(CandidateEncoder, fn_constructor_args=("scorer",), concurrency=8, batch_size=512)
+    encoded = rows.map_batches(CandidateEncoder, fn_constructor_args=("scorer",), concurrency=7, batch_size=512)
     with Index.create(load("scorer"), "store") as index:
         write(index, encoded.iter_batches(batch_size=2048))
+
+Each worker takes a core for itself: of 8 leave Ray one to read with, or it waits for ever.
 
 `fill` does this on one machine with worker processes of its own.
 """
@@ -20,14 +22,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from thresher.errors import DataError, OptionError, ThresherError
+from thresher.errors import DataError, OptionError, StoreError, ThresherError
 from thresher.pairs.cache import check_count
-from thresher.pairs.keeping import BATCH, CUT, Added, Index
+from thresher.pairs.keeping import BATCH, CUT, Added, Index, check_new
 
 Batch = Mapping[str, np.ndarray]
 
@@ -43,6 +46,13 @@ class _Worker:
         self.device = device
         self.threads = threads
         self._scorer: Any = None
+        self._made_by = ""
+
+    @property
+    def made_by(self) -> str:
+        """The fingerprint of the scorer."""
+        self._made_by = self._made_by or self.scorer.fingerprint()
+        return self._made_by
 
     @property
     def scorer(self) -> Any:
@@ -57,7 +67,7 @@ class _Worker:
         return self._scorer
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_scorer": None}
+        return {**self.__dict__, "_scorer": None, "_made_by": ""}
 
 
 class CandidateEncoder(_Worker):
@@ -65,13 +75,14 @@ class CandidateEncoder(_Worker):
 
     __call__ takes `id` and `text`, [N] each (a text, or the list of a dialogue's utterances), and gives `id` as texts [N],
     `vectors` [N] of float32 arrays [k or n, d], `cut` [N] int64 (1 in the first row for every candidate that was cut, so that
-    they add up), and for a scorer with a lexical signal `terms` [N, M] int32. N may be 0.
-    Raises DataError for a missing column or what is no text.
+    they add up), `made_by` [N], the scorer's fingerprint, which `write` compares with the store's, and for a scorer with a
+    lexical signal `terms` [N, M] int32. N may be 0. Ids may be whole numbers, which become their digits.
+    Raises DataError for a missing column, an id that is none, or what is no text.
     """
 
     def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
         texts = [_plain(text) for text in _column(batch, "text")]
-        names = [str(_plain(name)) for name in _column(batch, "id")]
+        names = [_id(name) for name in _column(batch, "id")]
         if not texts and not names:
             return self._nothing()
         with warnings.catch_warnings():
@@ -83,12 +94,13 @@ class CandidateEncoder(_Worker):
             "id": np.array(names, object),
             "vectors": _objects(vectors.numpy() for vectors in cache.data.split(cache.lengths.tolist())),
             "cut": cut,
+            "made_by": _objects([self.made_by] * len(names)),
         }
         return found if cache.terms is None else found | {"terms": cache.terms.numpy()}
 
     def _nothing(self) -> dict[str, np.ndarray]:
         """What an empty batch gives."""
-        found = {"id": _objects([]), "vectors": _objects([]), "cut": np.zeros(0, np.int64)}
+        found = {name: _objects([]) for name in ("id", "vectors", "made_by")} | {"cut": np.zeros(0, np.int64)}
         kept = self.scorer.config.lexical
         return found | {"terms": np.zeros((0, kept), np.int32)} if kept else found
 
@@ -119,6 +131,8 @@ class Rerank(_Worker):
             found = [self._opened.rank(query, self.k) for query in queries]
         else:
             offered = [_plain(texts) for texts in _column(batch, "candidates")]
+            if len(offered) != len(queries):
+                raise DataError(f"{len(queries)} queries do not go with the candidates of {len(offered)}.")
             found = [self.scorer.rank(query, texts, self.k) for query, texts in zip(queries, offered, strict=True)]
         ranked = _objects(np.array([name for name, _ in one]) for one in found)
         scores = _objects(np.array([score for _, score in one], np.float32) for one in found)
@@ -137,11 +151,18 @@ def write(index: Index, batches: Iterable[Batch], on_done: Callable[[int], None]
 
     Ids that the store has already are skipped, so that after an interruption the same call goes on. The order of the batches is
     that of the store. on_done: called with the number of candidates just dealt with.
-    Raises StoreError as `CandidateStore.add` does: a batch encoded by another kind of scorer does not fit.
+    Raises DataError for an id that comes twice and a batch that `CandidateEncoder` did not make; StoreError for one encoded by
+    another scorer, or by this one with other weights, and as `CandidateStore.add` does.
     """
+    index.store.hold()  # another writer may have been here since this handle was opened
+    seen: set[str] = set()
     new = there = cut = 0
     for batch in batches:
-        names = [str(name) for name in batch["id"]]
+        for name in ("vectors", "cut"):
+            _column(batch, name)
+        names = [_id(name) for name in _column(batch, "id")]
+        _check_made(index, _column(batch, "made_by"))
+        _check_twice(names, seen)
         fresh = np.flatnonzero(~index.store.contains(names))
         if len(fresh):
             vectors = [np.asarray(_stacked(batch["vectors"][i]), np.float32) for i in fresh]
@@ -152,6 +173,22 @@ def write(index: Index, batches: Iterable[Batch], on_done: Callable[[int], None]
         if on_done is not None:
             on_done(len(names))
     return Added(new, there, cut)
+
+
+def _check_made(index: Index, makers: Iterable[Any]) -> None:
+    if others := {str(maker) for maker in makers} - {index.store.schema.fingerprint}:
+        raise StoreError(
+            f"{index.store.directory} is of another scorer than these candidates were encoded by (fingerprint "
+            f"{sorted(others)[0]!r}); give the workers the directory of the index's own scorer, as it is now."
+        )
+
+
+def _check_twice(names: Iterable[str], seen: set[str]) -> None:
+    """Put the ids into `seen`. Raises DataError."""
+    for name in names:
+        if name in seen:
+            raise DataError(f"The id {name!r} is given twice; every candidate needs its own.")
+        seen.add(name)
 
 
 def fill(
@@ -174,10 +211,13 @@ def fill(
 
     scorer: the directory that the index's scorer was saved to. restarts: how often workers are replaced before it is an error.
     threads: torch's in each worker. on_done: as in `write`. Warns once, at the end, of candidates that were cut.
-    Raises OptionError for counts below 1, DataError as `Index.add`, ThresherError where workers keep dying.
+    Raises OptionError for counts below 1, DataError as `Index.add`, StoreError as `write`, ThresherError where workers keep
+    dying.
     """
-    if workers < 1 or batch < 1:
-        raise OptionError(f"Indexing takes at least 1 worker and 1 candidate a batch, not {workers} and {batch}.")
+    for name, value in (("workers", workers), ("batch", batch)):
+        if not isinstance(value, Integral) or value < 1:
+            raise OptionError(f"Indexing takes a whole number of {name}, at least 1, not {value!r}.")
+    index.store.hold()
     encoder = CandidateEncoder(scorer, device=device, threads=threads)
     missing = _Missing(index, candidates, batch, on_done)
     new = write(index, _encoded(encoder, missing, workers, restarts), on_done)
@@ -201,10 +241,8 @@ class _Missing:
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         seen: set[str] = set()
         while given := list(itertools.islice(self._rest, self._size)):
+            check_new(given, seen)
             names = [name for name, _ in given]
-            twice = next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
-            if twice is not None:
-                raise DataError(f"The id {twice!r} is given twice; every candidate needs its own.")
             known = self._index.store.contains(names)
             self.there += int(known.sum())
             if self._on_done is not None and known.any():
@@ -273,6 +311,13 @@ def _column(batch: Batch, name: str) -> np.ndarray:
     if name not in batch:
         raise DataError(f"A batch needs the column {name!r}; it has {', '.join(batch) or 'none'}.")
     return batch[name]
+
+
+def _id(value: Any) -> str:
+    name = _plain(value)
+    if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
+        raise DataError(f"A candidate has the id {name!r}, where a text or a whole number is expected.")
+    return str(name)
 
 
 def _plain(value: Any) -> Any:

@@ -261,7 +261,9 @@ def test_rows_and_settings_that_do_not_fit(tmp_path: Path) -> None:
     for bad in (
         {"temperature": 0.0},
         {"temperature": math.inf},
+        {"temperature": "a"},
         {"negatives": -1},
+        {"negatives": 1.5},
         {"label_weight": -1.0},
         {"distil_weight": math.inf},
         {"distil_temperature": 0.0},
@@ -269,6 +271,9 @@ def test_rows_and_settings_that_do_not_fit(tmp_path: Path) -> None:
     ):
         with pytest.raises(OptionError, match=next(iter(bad))):
             PairLoss(**bad)
+    for hard in (-1, 1.5, "2"):
+        with pytest.raises(OptionError, match="hard, the wrong candidates"):
+            train(scorer("dual"), toy(2), tmp_path, hard=hard, **QUIET)
     for batch_size in (0, 1.5, "8"):
         with pytest.raises(OptionError, match="whole number of queries, at least 1"):
             train(scorer("dual"), toy(2), tmp_path, batch_size=batch_size, **QUIET)
@@ -276,6 +281,14 @@ def test_rows_and_settings_that_do_not_fit(tmp_path: Path) -> None:
         for value in (0.0, math.nan, "3"):
             with pytest.raises(OptionError, match=f"{name} must be a number above 0"):
                 train(scorer("dual"), toy(2), tmp_path, **{**QUIET, name: value})
+
+
+def test_a_teacher_must_reach_as_far_as_its_student(tmp_path: Path) -> None:
+    loss = PairLoss(distil_weight=1.0)
+    for limits in ({"max_query": 40, "max_candidate": 40}, {"max_query": 30, "max_candidate": 19}):
+        with pytest.raises(OptionError, match="for 48 of a pair; lower the scorer's limits"):
+            train(scorer("dual", **limits), toy(2), tmp_path, loss=loss, teacher=scorer("cross"), **QUIET)
+    train(scorer("dual", max_query=30, max_candidate=18), toy(2), tmp_path, loss=loss, teacher=scorer("cross"), **QUIET)
 
 
 def test_training_that_diverges_is_an_error(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
 import random
+import signal
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -12,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pairs import killing
 from pairs.scoring import scorer
@@ -64,7 +68,7 @@ def test_an_encoder_is_picklable_and_its_arrays_are_what_a_store_keeps(saved: Pa
     first = encoder(BATCH)
     again = pickle.loads(pickle.dumps(encoder))
     assert again._scorer is None and len(pickle.dumps(encoder)) < 1000
-    assert set(first) == {"id", "vectors", "cut", "terms"}
+    assert set(first) == {"id", "vectors", "cut", "made_by", "terms"}
     assert all(isinstance(array, np.ndarray) and len(array) == COUNT for array in first.values())
     for a, b in zip(first["vectors"], again(BATCH)["vectors"], strict=True):
         assert np.array_equal(a, b) and a.dtype == np.float32 and a.ndim == 2
@@ -204,31 +208,127 @@ def test_what_they_cannot_take(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="at least 1"):
         Rerank(saved, k=0)
     with Index.create(load(saved), tmp_path / "store") as index:
-        with pytest.raises(OptionError, match="at least 1 worker"):
-            fill(index, saved, ROWS, workers=0)
+        for settings in ({"workers": 0}, {"workers": 1.5}, {"batch": 0}, {"batch": "9"}):
+            with pytest.raises(OptionError, match=f"whole number of {next(iter(settings))}, at least 1"):
+                fill(index, saved, ROWS, **settings)
         with pytest.raises(DataError, match="'c00' is given twice"):
             fill(index, saved, ROWS[:1] * 2, workers=1)
         plain = scorer("dual")
         plain.save(tmp_path / "dual")
-        with pytest.raises(StoreError, match="extra arrays of this store are: terms"):
+        with pytest.raises(StoreError, match="is of another scorer than these candidates were encoded by"):
             write(index, [CandidateEncoder(tmp_path / "dual")(BATCH)])
+        for rows, says in (
+            ([("a",)], "an id with its text"),
+            (["ab"], "an id with its text"),
+            ([("", "w5")], "empty id"),
+        ):
+            with pytest.raises(DataError, match=says):
+                fill(index, saved, rows, workers=1)
+        with pytest.raises(DataError, match="needs the column 'vectors'"):
+            write(index, [{"id": np.array(["z"])}])
+        assert len(index) == 0
+    with pytest.raises(DataError, match="2 queries do not go with the candidates of 1"):
+        Rerank(saved)({"query": np.array(["w5", "w6"]), "candidates": np.array([["w5"]])})
+
+
+def test_another_scorers_vectors_never_enter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same kind, shape and settings, but of other weights."""
+    own, other = scorer("dual"), scorer("dual")
+    with torch.no_grad():
+        next(other.parameters()).add_(0.1)
+    own.save(tmp_path / "own")
+    other.save(tmp_path / "other")
+    monkeypatch.setattr(scale, "_pool", lambda workers, encoder: Here(encoder, []))
+    with Index.create(load(tmp_path / "own"), tmp_path / "store") as index:
+        for way in (
+            lambda: fill(index, tmp_path / "other", ROWS, workers=1),
+            lambda: write(index, [CandidateEncoder(tmp_path / "other")(BATCH)]),
+        ):
+            with pytest.raises(StoreError, match="as it is now"):
+                way()
+        assert len(index) == 0
+        assert fill(index, tmp_path / "own", ROWS, workers=1).new == len(ROWS)
+
+
+def test_an_id_is_given_once_wherever_batches_end(saved: Path, tmp_path: Path) -> None:
+    encoder = CandidateEncoder(saved)
+    assert encoder({"id": np.array([7]), "text": np.array(["w5"], object)})["id"].tolist() == ["7"]
+    for name in (None, float("nan"), 1.5, True, "", ["a"]):
+        names = np.empty(1, object)
+        names[0] = name
+        with pytest.raises(DataError, match="a text or a whole number is expected"):
+            encoder({"id": names, "text": np.array(["w5"], object)})
+    one, two = (encoder({"id": np.array(["a"], object), "text": np.array([text], object)}) for text in ("w5", "w6"))
+    with Index.create(load(saved), tmp_path / "store") as index:
+        with pytest.raises(DataError, match="'a' is given twice"):
+            write(index, [one, two])
+        with pytest.raises(DataError, match="'a' is given twice"):  # the first of them is there by now
+            write(index, [one, two])
+        assert write(index, [two]) == Added(0, 1, 0)
+
+
+def test_a_handle_that_is_behind_sees_what_others_added(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scale, "_pool", lambda workers, encoder: Here(encoder, []))
+    for name, way in (("fill", lambda index: fill(index, saved, ROWS, workers=1)),
+                      ("write", lambda index: write(index, [CandidateEncoder(saved)(BATCH)]))):  # fmt: skip
+        with Index.create(load(saved), tmp_path / name) as index:
+            index.add(ROWS[:3])
+        behind = Index.open(load(saved), tmp_path / name)
+        with Index.open(load(saved), tmp_path / name) as ahead:
+            ahead.add(ROWS[3:5])
+        with behind:
+            assert way(behind) == Added(COUNT - 5, 5, 0)
 
 
 @pytest.mark.slow
-def test_under_ray_data(saved: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_under_ray_data(saved: Path, tmp_path: Path, suffix: str) -> None:
+    """Two workers, of which one is killed in the middle: the store is the one that a single process fills."""
     ray = pytest.importorskip("ray", reason="ray is not installed; run pip install 'thresher[ray]'")
     pytest.importorskip("ray.data", reason="ray.data is not installed; run pip install 'thresher[ray]'")
     import pyarrow as pa
+    import pyarrow.json as paj
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table({"id": list(BATCH["id"]), "text": list(BATCH["text"])}), tmp_path / "rows.parquet")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    rows = [{"id": name, "text": text} for name, text in ROWS]
+    file, died = tmp_path / f"rows.{suffix}", tmp_path / "died"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert paj.read_json(file).num_rows == COUNT
+
+    class Dying(CandidateEncoder):
+        def __call__(self, batch: Any) -> Any:
+            if not died.exists():
+                died.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(batch)
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
-        rows = ray.data.read_parquet(str(tmp_path / "rows.parquet"))
-        encoded = rows.map_batches(CandidateEncoder, fn_constructor_args=(saved,), concurrency=1, batch_size=COUNT)
+        read = ray.data.read_parquet if suffix == "parquet" else ray.data.read_json
+        encoded = read(str(file)).map_batches(Dying, fn_constructor_args=(saved,), concurrency=2, batch_size=6)
         with Index.create(load(saved), tmp_path / "store") as index:
-            assert write(index, encoded.iter_batches(batch_size=COUNT)).new == COUNT
+            assert write(index, encoded.iter_batches(batch_size=6)).new == COUNT
     finally:
         ray.shutdown()
-    one, other = content(saved, tmp_path / "store"), whole(saved, tmp_path / "whole", COUNT)
-    assert sorted(one["ids"]) == other["ids"] and sorted(one["terms"]) == sorted(other["terms"])
+    assert died.exists()
+    (one, mine), (other, theirs) = (by_id(saved, tmp_path / "store"), by_id(saved, whole_at(saved, tmp_path / "whole")))
+    assert one == other
+    for name in one:
+        np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-5, atol=1e-5)
+
+
+def whole_at(saved: Path, place: Path) -> Path:
+    whole(saved, place, COUNT)
+    return place
+
+
+def by_id(saved: Path, place: Path) -> tuple[list[str], dict[str, Any]]:
+    """The ids of a store, sorted, and the vectors of each."""
+    with Index.open(load(saved), place) as index:
+        names = sorted(index.store.ids())
+        return names, {name: index.store.read([name]).vectors for name in names}

@@ -113,6 +113,21 @@ def test_where_a_reranker_is_expected(kind: str) -> None:
     assert [one["corpus_id"] for one in ranked] == np.argsort(-scores)[:2].tolist()
     assert [one["text"] for one in ranked] == [TEXTS[one["corpus_id"]] for one in ranked]
     assert set(reranker.rank(QUERY, TEXTS)[0]) == {"corpus_id", "score"}
+    close(reranker.predict(inputs=pairs), scores, 0.0)
+    close(reranker.predict(sentences=np.array(pairs)), scores, 0.0)
+    close(reranker.predict(iter(pairs)), scores, 0.0)
+    tensors = torch.from_numpy(scores)
+    close(reranker.predict(pairs, activation_fn=torch.sigmoid), tensors.sigmoid().numpy(), 0.0)
+    assert torch.equal(reranker.predict(pairs, convert_to_tensor=True), tensors)
+    assert [float(one) for one in reranker.predict(pairs, convert_to_numpy=False)] == tensors.tolist()
+    turned = reranker.rank(QUERY, TEXTS, top_k=1, activation_fn=torch.neg)
+    assert turned == [{"corpus_id": int(scores.argmin()), "score": pytest.approx(-float(scores.min()), rel=1e-6)}]
+    for wrong in ([("a", "b", "c")], ["a", "b", "c"], [None], None, "ab", 5):
+        with pytest.raises(DataError, match="a query and a candidate"):
+            reranker.predict(wrong)
+    for top_k in (0, -1, 1.5):
+        with pytest.raises(OptionError, match="at least 1"):
+            reranker.rank(QUERY, TEXTS, top_k=top_k)
     nothing = reranker.predict([])
     assert (nothing.shape, nothing.dtype, reranker.rank(QUERY, [])) == ((0,), np.float32, [])
 
@@ -120,6 +135,8 @@ def test_where_a_reranker_is_expected(kind: str) -> None:
 def test_a_reranker_of_several_classes_has_logits_of_none() -> None:
     reranker = Reranker(scorer("dual", classes=3))
     assert reranker.predict([]).shape == (0, 3) and reranker.predict([(QUERY, "w9")]).shape == (1, 3)
+    shares = reranker.predict([(QUERY, "w9"), (QUERY, "w8")], apply_softmax=True)
+    np.testing.assert_allclose(shares.sum(1), 1.0, rtol=1e-6)
 
 
 @each

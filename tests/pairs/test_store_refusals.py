@@ -149,6 +149,7 @@ def test_extras_are_all_given_or_none(tmp_path: Path) -> None:
         ({"ragged": 1}, "ragged"),
         ({"extras": {"vectors": ((1,), "int8")}}, "cannot name"),
         ({"extras": {"a.b": ((1,), "int8")}}, "cannot name"),
+        *(({"extras": {name: ((1,), "int8")}}, "cannot name") for name in ("ids", "id", "hashes", "order", "Order")),
         ({"extras": {"a": (1,)}}, "needs .shape, dtype."),
         ({"extras": {"a": (4, "int8")}}, "needs .shape, dtype."),
         ({"extras": {"a": ((4,), "text")}}, "one of float32"),

@@ -24,6 +24,8 @@ StoreDirectory = Annotated[
     Path, typer.Option("--store", help="Where the encoded candidates are.", metavar="DIR", rich_help_panel=DATA)
 ]
 
+SCORER = "scorer.txt"  # in the store: the directory of the scorer that filled it
+
 
 @command
 def index(
@@ -78,6 +80,7 @@ def index(
     scorer = open_scorer(model, place)
     check_texts(rows, scorer)  # all of them, so that nothing is encoded in vain
     with _opened(scorer, store, dtype) as opened, progress("encoding", len(rows)) as done:
+        _remember(store, model)
         before = len(opened)
         candidates, size = zip(names, rows["text"], strict=True), batch or BATCH
         try:
@@ -90,7 +93,7 @@ def index(
                 f"Interrupted. {count(len(opened) - before)} candidates were added to {store}, which holds "
                 f"{count(len(opened))}; the same command goes on from there."
             ) from None
-        return _indexed(opened, added, store, model)
+        return _indexed(opened, added, store)
 
 
 @command
@@ -99,8 +102,16 @@ def rank(
         list[str],
         typer.Argument(metavar="QUERY", help="A text; or the utterances of a dialogue, one by one, oldest first."),
     ],
-    model: ScorerDirectory,
     store: StoreDirectory,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="What the scorer was saved to. Default: where thresher index read it.",
+            metavar="DIR",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many to show.", rich_help_panel=OUTPUT)] = 10,
     ids: Annotated[
         Path | None,
@@ -115,7 +126,7 @@ def rank(
 ) -> Result:
     """Rank the candidates of a store for a query, best first.
 
-    [bold]thresher rank "who wrote the iliad?" --model scorer --store passages -k 5[/]
+    [bold]thresher rank "who wrote the iliad?" --store passages -k 5[/]
     """
     place = place_of(device)
     subset = None if ids is None else _listed(ids)
@@ -126,7 +137,7 @@ def rank(
 
     from thresher.pairs.keeping import Index
 
-    with Index.open(open_scorer(model, place), store) as opened:
+    with Index.open(open_scorer(model or _scorer_of(store), place), store) as opened:
         if subset is None:  # all of it is read anyway
             opened.store.verify()
         found = opened.rank(texts[0] if len(texts) == 1 else texts, k, subset)
@@ -167,8 +178,35 @@ def _opened(scorer: Any, store: Path, dtype: str | None) -> Index:
             )
         return Index.create(scorer, store, dtype=dtype or "float16")
     opened = Index.open(scorer, store, dtype=dtype)
+    try:
+        opened.store.verify()  # more is not added to what nobody could read afterwards
+    except StoreError:
+        opened.close()
+        raise
     notice(f"{store} holds {count(len(opened))} candidates; new ones are added to them")
     return opened
+
+
+def _remember(store: Path, model: str) -> None:
+    """Keep with the store where its scorer lies, for thresher rank."""
+    new = store / f"{SCORER}.new"
+    new.write_text(str(Path(model).expanduser().resolve()), encoding="utf-8")
+    new.replace(store / SCORER)
+
+
+def _scorer_of(store: Path) -> str:
+    """Raises StoreError where there is no store, OptionError where it does not say it, or nothing lies there any more."""
+    from thresher.pairs.store import CandidateStore
+
+    CandidateStore.open(store).close()
+    try:
+        found = (store / SCORER).read_text(encoding="utf-8")
+    except OSError:
+        found = ""
+    if not found or not Path(found).is_dir():
+        lost = f"its scorer was {found}, where nothing is now" if found else "it does not say where its scorer is"
+        raise OptionError(f"{store}: {lost}; give --model DIR.")
+    return found
 
 
 def candidate_ids(rows: datasets.Dataset) -> list[str]:
@@ -202,7 +240,7 @@ def check_texts(rows: datasets.Dataset, scorer: Any) -> None:
         check_row(text, len(scorer.tokenizer), number)
 
 
-def _indexed(opened: Index, added: Added, store: Path, model: str) -> Result:
+def _indexed(opened: Index, added: Added, store: Path) -> Result:
     schema = opened.store.schema
     about = {
         "store": str(store),
@@ -224,9 +262,7 @@ def _indexed(opened: Index, added: Added, store: Path, model: str) -> Result:
         ("kept of each", each),
         ("size on disk", size(opened.store.nbytes)),
     ]
-    return Result(
-        about, [table("Indexed", ("", "found"), rows), f'Next: thresher rank "…" --model {model} --store {store}']
-    )
+    return Result(about, [table("Indexed", ("", "found"), rows), f'Next: thresher rank "…" --store {store}'])
 
 
 def _listed(file: Path) -> list[str]:

@@ -119,7 +119,7 @@ class Index:
         new = there = cut = 0
         rest = iter(candidates)
         while given := list(islice(rest, batch)):
-            _check_new(given, seen)
+            check_new(given, seen)
             missing = [
                 one for one, known in zip(given, self.store.contains(i for i, _ in given), strict=True) if not known
             ]
@@ -218,7 +218,7 @@ def _check_terms(directory: str | Path) -> None:
             )
 
 
-def _check_new(candidates: Sequence[tuple[str, Text]], seen: set[str]) -> None:
+def check_new(candidates: Sequence[tuple[str, Text]], seen: set[str]) -> None:
     """Put the ids into `seen`. Raises DataError."""
     for one in candidates:
         if not isinstance(one, list | tuple) or len(one) != 2:
@@ -266,4 +266,4 @@ def _best(scores: np.ndarray, names: Sequence[Sequence[str]], k: int | None) -> 
     return sorted(found, key=lambda one: (-one[1], one[0]))[:k]
 
 
-__all__ = ["Added", "Index"]
+__all__ = ["Added", "Index", "check_new"]

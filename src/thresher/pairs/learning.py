@@ -58,8 +58,11 @@ def examples(
     """Rows as a scorer learns from them: one example for each right candidate; with classes, one for each pair.
 
     hard: the most wrong candidates of a query's own that an example brings, drawn by `seed`; None for all.
-    Raises DataError for rows that `tasks.pairs.pairs` refuses, that do not fit the scorer's classes, or of which none is left.
+    Raises DataError for rows that `tasks.pairs.pairs` refuses, that do not fit the scorer's classes, or of which none is left;
+    OptionError for a `hard` below 0.
     """
+    if hard is not None and (not isinstance(hard, Integral) or hard < 0):
+        raise OptionError(f"hard, the wrong candidates that a query brings, is a whole number or None, not {hard!r}.")
     canonical = rows if isinstance(rows, Pairs) else pairs(rows)
     classes = scorer.config.classes
     if not classes and not canonical.ranked:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from thresher.errors import OptionError
 from thresher.pairs.cache import Block
+from thresher.pairs.reading import longest
 from thresher.pairs.scorer import Asked, Scorer
 
 NO_TOKEN = -1  # beyond a row's end in a batch
@@ -36,16 +38,14 @@ class PairLoss:
     numbers: bool | None = None
 
     def __post_init__(self) -> None:
-        checks = {
-            "temperature": 0 < self.temperature < math.inf,
-            "negatives": self.negatives is None or self.negatives >= 0,
-            "label_weight": 0 <= self.label_weight < math.inf,
-            "distil_weight": 0 <= self.distil_weight < math.inf,
-            "distil_temperature": 0 < self.distil_temperature < math.inf,
-        }
-        for name, holds in checks.items():
-            if not holds:
-                raise OptionError(f"Training cannot have {name}={getattr(self, name)!r}.")
+        above = {"temperature": 0.0, "distil_temperature": 0.0}
+        for name in ("temperature", "label_weight", "distil_weight", "distil_temperature"):
+            value = getattr(self, name)
+            low = above.get(name, -1e-300)
+            if not isinstance(value, Real) or not low < value < math.inf:
+                raise OptionError(f"Training cannot have {name}={value!r}.")
+        if self.negatives is not None and (not isinstance(self.negatives, Integral) or self.negatives < 0):
+            raise OptionError(f"Training cannot have negatives={self.negatives!r}.")
         if not (self.label_weight or self.distil_weight):
             raise OptionError("With label_weight=0 and distil_weight=0 nothing is learned; give one of them a weight.")
 
@@ -184,6 +184,13 @@ def _check_teacher(scorer: Scorer[Any], teacher: Scorer[Any]) -> None:
         )
     if scorer.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
         raise OptionError("Teacher and scorer read other tokens; distil from one with the same tokenizer.")
+    limits = scorer.config.max_query, scorer.config.max_candidate
+    most = longest(teacher.encoder)
+    if (sum(limits) if teacher.joint else max(limits)) > most:
+        raise OptionError(
+            f"The scorer reads max_query={limits[0]} and max_candidate={limits[1]} tokens, and its teacher has positions for "
+            f"{most}{' of a pair' if teacher.joint else ''}; lower the scorer's limits, or take a teacher that reads as much."
+        )
 
 
 def _after(count: int, mine: list[int]) -> list[int]:

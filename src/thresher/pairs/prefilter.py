@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import datasets
@@ -19,9 +20,10 @@ from thresher.errors import DataError, OptionError, TargetError
 from thresher.measure.flops import dense_flops
 from thresher.measure.run import run
 from thresher.model import find_encoder
+from thresher.pairs.cache import check_count
 from thresher.pairs.reranker import Reranker
 from thresher.pairs.scorer import Scorer
-from thresher.pairs.texts import Text, flat, tokens_of
+from thresher.pairs.texts import Text, flat, one_pair, pairs_of, tokens_of
 from thresher.tasks.features import length_limit
 from thresher.tasks.pairs import Pairs, pairs
 from thresher.tasks.ranking import ranking_metrics
@@ -86,10 +88,10 @@ class Prefilter:
         self.tokenizer: Any = getattr(inner, "tokenizer", None) if tokenizer is None else tokenizer
         if self.tokenizer is None:
             raise OptionError(f"A {type(model).__name__} holds no tokenizer; give Prefilter the model's own.")
-        if not -1.0 <= threshold <= MOST:
+        if not isinstance(threshold, Real) or not -1.0 <= threshold <= MOST:
             raise OptionError(f"threshold is a cosine between -1 and 1, not {threshold!r}.")
-        if keep < 1:
-            raise OptionError(f"keep must be at least 1 document of a query, not {keep!r}.")
+        if not isinstance(keep, Integral) or keep < 1:
+            raise OptionError(f"keep must be a whole number, at least 1 document of a query, not {keep!r}.")
         if isinstance(inner, Scorer) and not inner.joint:
             raise OptionError(
                 f"A {type(inner).__name__} reads queries and documents apart, so there are no pairs to drop."
@@ -111,14 +113,18 @@ class Prefilter:
         """[n] bool, the documents that the model is to read."""
         return self._passing(self.similarities(query, documents))
 
-    def predict(self, sentences: Sequence[Any], **options: Any) -> NDArray[np.float32] | np.floating[Any]:
+    def predict(
+        self, inputs: Any = None, *, sentences: Any = None, **options: Any
+    ) -> NDArray[np.float32] | np.floating[Any]:
         """[n] float32 scores of (query, document) pairs, FILTERED for those that do not pass; of a single pair its one score.
 
-        options: for the model's own predict.
+        inputs: a pair, or a sequence of them; `sentences` is its older name. options: for the model's own predict.
+        Raises DataError for what is no pair.
         """
-        if len(sentences) == 2 and all(isinstance(text, str) for text in sentences):
-            return self._scores([(sentences[0], sentences[1])], options)[0][0]  # type: ignore[no-any-return]
-        return self._scores([(query, document) for query, document in sentences], options)[0]
+        given = sentences if inputs is None else inputs
+        if one_pair(given):
+            return self._scores([(given[0], given[1])], options)[0][0]  # type: ignore[no-any-return]
+        return self._scores(pairs_of(given), options)[0]
 
     def rank(
         self,
@@ -129,7 +135,8 @@ class Prefilter:
         **options: Any,
     ) -> list[dict[str, Any]]:
         """The documents, best first: {"corpus_id", "score"} and on request "text". Those that were filtered come last, the most
-        similar first."""
+        similar first. Raises OptionError for a top_k below 1."""
+        top_k = None if top_k is None else check_count(top_k, "Ranking gives")
         scores, similarity = self._scores([(query, document) for document in documents], options)
         order = np.lexsort((-similarity, -scores))[:top_k].tolist()
         texts = [{"text": documents[place]} if return_documents else {} for place in order]

@@ -21,7 +21,7 @@ from thresher.pairs.cache import Block, Cache, Id, Storage, check_count
 from thresher.pairs.encoders import open_encoder
 from thresher.pairs.lexical import Lexical
 from thresher.pairs.reading import longest
-from thresher.pairs.texts import Frame, Text, tokens_of
+from thresher.pairs.texts import Frame, Text, pairs_of, tokens_of
 from thresher.policy import PolicyConfig
 from thresher.settings import Settings
 
@@ -314,11 +314,9 @@ class Scorer(nn.Module, Generic[ConfigT]):
 
         A text that comes up in many pairs is encoded once. Raises DataError for no pairs.
         """
+        pairs = pairs_of(pairs)
         if not pairs:
             raise DataError("There are no pairs; give at least one.")
-        for number, pair in enumerate(pairs, start=1):
-            if not isinstance(pair, list | tuple) or len(pair) != 2:
-                raise DataError(f"Pair {number} is {pair!r:.80}, where a query and a candidate are expected.")
         queries, candidates = ([_key(pair[side]) for pair in pairs] for side in (0, 1))
         places = {text: place for place, text in enumerate(dict.fromkeys(candidates))}
         cache = self.encode_candidates(list(places))

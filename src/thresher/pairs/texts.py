@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from thresher.errors import DataError
@@ -94,6 +95,22 @@ def check_row(text: Any, vocabulary: int, number: int) -> None:
         parts_of(text, vocabulary)
     except DataError as error:
         raise DataError(f"Row {number} has no text that can be read: {error}") from error
+
+
+def pairs_of(given: Any) -> list[tuple[Text, Text]]:
+    """(query, candidate) pairs as a list. Raises DataError for what is none, naming the pair (from 1)."""
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        raise DataError(f"A list of pairs, a query and a candidate each, is expected, not {given!r:.80}.")
+    pairs = given.tolist() if isinstance(given, np.ndarray) else list(given)
+    for number, pair in enumerate(pairs, start=1):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise DataError(f"Pair {number} is {pair!r:.80}, where a query and a candidate are expected.")
+    return [(query, candidate) for query, candidate in pairs]
+
+
+def one_pair(given: Any) -> bool:
+    """Whether this is a single pair of texts, and no list of pairs."""
+    return isinstance(given, list | tuple | np.ndarray) and len(given) == 2 and all(isinstance(x, str) for x in given)
 
 
 def _tokenized(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:

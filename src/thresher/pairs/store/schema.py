@@ -14,6 +14,7 @@ from thresher.errors import StoreError
 FLOATS = ("float32", "float16", "int8")  # what an array of floats is kept in
 DTYPES = {"float32": "<f4", "float16": "<f2", "int8": "|i1", "int32": "<i4", "int64": "<i8"}
 VECTORS = "vectors"
+TAKEN = (VECTORS, "ids", "id", "hashes", "order")  # columns that every store has
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,10 @@ def extra_fields(extras: Mapping[str, tuple[Any, str]] | None) -> tuple[Field, .
     """Fields from `{name: (shape, dtype)}`. Raises StoreError."""
     fields = []
     for name, what in (extras or {}).items():
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w*", name) or name in (VECTORS, "ids"):
-            raise StoreError(f"{name!r} cannot name an extra array; use letters, digits and _, and not vectors or ids.")
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w*", name) or name.lower() in TAKEN:
+            raise StoreError(
+                f"{name!r} cannot name an extra array; use letters, digits and _, and none of {', '.join(TAKEN)}."
+            )
         try:
             shape, dtype = what
             shape = tuple(shape)
