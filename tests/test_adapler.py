@@ -330,6 +330,18 @@ def test_a_schedule_that_does_not_fit_is_refused(
     with pytest.raises(OptionError, match=match):
         run_stage(model, Stage(name="soft", mode="soft", epochs=epochs), dataset(4), tokenizer(), tmp_path, **QUICK)
     policy_of(model).check(Stage(name="hard", mode="hard", epochs=1))
+    if not settings:  # whatever says how long it trains
+        for given in ({"num_train_epochs": 1}, {"max_steps": 1, "per_device_train_batch_size": 4}):
+            with pytest.raises(OptionError, match="at least 2, not 1"):
+                run_stage(
+                    model,
+                    Stage(name="soft", mode="soft", epochs=5),
+                    dataset(4),
+                    tokenizer(),
+                    tmp_path,
+                    **QUICK,
+                    **given,
+                )
     policy_of(model).check(policy_of(thresher.attach(make("bert"), "adapler")).stages()[0]) if not settings else None
 
 

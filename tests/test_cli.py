@@ -28,6 +28,8 @@ from thresher.exits import FastBERT
 from thresher.model import attachment_of
 from thresher.training import stages
 
+WEIGHTS = ("model.safetensors", "thresher.safetensors")
+
 COMMANDS = (
     "fit",
     "compare",
@@ -155,6 +157,27 @@ def test_fit_without_labels(place: Path, tmp_path: Path) -> None:
               "--out", tmp_path / "o", *QUICK)  # fmt: skip
     assert set(said["thresher"]) == {"agreement"}
     assert said["metric"] == "agreement"
+
+
+@pytest.mark.parametrize("method", ["adapler", "ltp"])
+def test_without_labels_it_learns_from_none(place: Path, tmp_path: Path, method: str) -> None:
+    """Rows with labels, with wrong ones and with none train the same model."""
+    rows, weights = synthetic(), []
+    names = sorted({row["label"] for row in rows})
+    turned = [{**row, "label": names[1 - names.index(row["label"])]} for row in rows]
+    for number, given in enumerate((rows, turned, [{"text": row["text"]} for row in rows])):
+        data = write_rows(tmp_path / f"{number}.jsonl", given)
+        words = ("--no-labels", "--method", method, "--stage", "epochs=2", "--precision", "float32")
+        ok("fit", place / "clf", data, "--validation", data, *words, "--out", tmp_path / f"o{number}")
+        weights.append([(tmp_path / f"o{number}" / name).read_bytes() for name in WEIGHTS])
+    assert weights[0] == weights[1] == weights[2]
+
+
+def test_a_method_that_needs_labels_says_so_before_it_trains(place: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", synthetic())
+    fails("fit", place / "clf", data, "--no-labels", "--method", "tr-bert", "--out", tmp_path / "o",
+          match="--no-labels: the method 'tr-bert' learns from labels")  # fmt: skip
+    assert not (tmp_path / "o").exists()
 
 
 def test_fit_a_regression_of_pairs(place: Path, tmp_path: Path) -> None:

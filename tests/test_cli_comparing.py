@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 
@@ -13,8 +14,10 @@ import thresher
 from commands import call, fails, ok, synthetic, write_rows
 from helpers import build, config_of, tokenizer
 from thresher.cli.comparing import _drawn, _each
+from thresher.cli.tagging_work import TaggingWork
 from thresher.cli.work import ResponseWork, TextWork, Truth
 from thresher.tasks.ranking import ranking_metrics
+from thresher.tasks.tagging import TaggingTask
 from thresher.tasks.text import TextTask
 
 QUICK = ("--passes", 16, "--stage", "batch_size=8", "--precision", "float32", "--speedups", "1.3", "--rounds", 1)
@@ -273,3 +276,23 @@ def test_other_metrics_are_taken_of_the_rows_drawn(metric: str) -> None:
     index = np.array([3, 3, 7, 11, 0, 1])
     expected = work.text.score(logits[index], labels[index])
     assert _drawn(work, truth)(logits, [index[:2], index[2:]]) == pytest.approx(expected)
+
+
+def test_tags_are_judged_against_those_of_the_rows_drawn() -> None:
+    """A perfect tagger is perfect on every draw of rows."""
+    rows = [
+        {"tokens": [f"w{i}", "w5", "w6"], "tags": ["O", *(("B-x", "I-x") if i % 3 else ("O", "B-x"))]}
+        for i in range(7, 20)
+    ]
+    task = TaggingTask(("O", "B-x", "I-x"))
+    encoded = task.encode(datasets.Dataset.from_list(rows), tokenizer())
+    perfect = np.eye(3)[np.maximum(np.array(encoded.rows["labels"][:]), 0)]
+    work, truth = TaggingWork(tagging=task), Truth(encoded.tags, tags=encoded)
+    assert work.quality(truth, np.zeros(0))(perfect) == 1.0
+    draw = np.random.default_rng(0)
+    for _ in range(5):
+        units = [np.array([row]) for row in draw.integers(len(rows), size=len(rows))]
+        assert _drawn(work, truth)(perfect, units) == 1.0
+        index = np.concatenate(units)
+        wrong = perfect[:, :, [1, 2, 0]]
+        assert _drawn(work, truth)(wrong, units) == encoded.select(index).metrics(wrong[index])[work.measure]

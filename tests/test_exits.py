@@ -853,3 +853,9 @@ def test_tau_is_for_exits_with_a_threshold(tmp_path: Path) -> None:
     tokenizer().save_pretrained(tmp_path / "patient")
     data = write_rows(tmp_path / "rows.jsonl", synthetic(4))
     fails("evaluate", tmp_path / "patient", data, "--tau", 2, match="--tau is a threshold.*'pabee' has none")
+
+
+@pytest.mark.parametrize(("exit", "head"), [("pabee", "sequence"), ("settled-span", "question-answering")])
+def test_patience_needs_a_layer_to_leave_from(exit: str, head: str) -> None:
+    with pytest.raises(OptionError, match="needs a model of at least 3 layers, and this one has 2"):
+        thresher.attach(make("bert", head, 2), exit=exit)

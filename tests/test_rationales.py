@@ -274,3 +274,16 @@ def test_a_page_shows_the_person_beside_the_model() -> None:
     page = rationales_page(data, layers, 3, [1, 0], "Reasons")
     titles = re.findall(r"<h3>(.*?)</h3>", page)
     assert titles == [f"Document {n}: the {who}" for n in (2, 1) for who in ("person", "model")]
+
+
+@pytest.mark.parametrize("limit", [-1, 0, 1, 2])
+def test_a_limit_without_room_is_refused(limit: int) -> None:
+    with pytest.raises(OptionError, match=f"A maximum length of {limit} leaves no room"):
+        encode_rationales(rows((3, [])), tokenizer(), limit)
+
+
+def test_a_special_token_among_the_words_is_a_text() -> None:
+    data = rows((3, []))
+    data = data.remove_columns("tokens").add_column("tokens", [["w5", "[SEP]", "w6"]])
+    (ids,) = encode_rationales(data, tokenizer()).rows["input_ids"]
+    assert ids.count(tokenizer().sep_token_id) == 1

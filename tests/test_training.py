@@ -23,7 +23,7 @@ import thresher
 from helpers import batch, build, config_of, dataset, make, outputs_of, settings, tokenizer, worst
 from thresher import checkpoint
 from thresher.calibration import agreement
-from thresher.errors import OptionError, TargetError
+from thresher.errors import DataError, OptionError, TargetError
 from thresher.frontier import Point, frontier_of
 from thresher.measure.run import run, run_packed
 from thresher.methods import CONFIGS
@@ -287,6 +287,38 @@ def test_an_unfinished_run_is_not_mixed_with_another(tmp_path: Path) -> None:
         fitted(tmp_path, on_stage=stop_at("hard"))
     with pytest.raises(OptionError, match="other settings"):
         fitted(tmp_path, overrides={"hard.learning_rate": 0.5})
+
+
+def test_an_unfinished_run_is_not_mixed_with_other_rows_or_another_start(tmp_path: Path) -> None:
+    rows = dataset()
+    other = rows.remove_columns("labels").add_column("labels", [1 - label for label in rows["labels"]])
+    quiet = {"stages": None, "progress": False}
+    with pytest.raises(Stop):
+        thresher.fit(make("bert"), "ltp", rows, tokenizer(), tmp_path, on_stage=stop_at("hard"), **quiet)
+    with pytest.raises(OptionError, match=r"other settings \(rows\)"):
+        thresher.fit(make("bert"), "ltp", other, tokenizer(), tmp_path, **quiet)
+    start = make("bert")
+    with torch.no_grad():
+        start.base_model.embeddings.word_embeddings.weight.add_(0.01)
+    with pytest.raises(OptionError, match=r"other settings \(model\)"):
+        thresher.fit(start, "ltp", rows, tokenizer(), tmp_path, **quiet)
+
+
+def test_no_rows_are_an_error_that_leaves_nothing(tmp_path: Path) -> None:
+    for method in ("ltp", "adapler"):
+        with pytest.raises(DataError, match="no rows to train on"):
+            thresher.fit(make("bert"), method, dataset().select([]), tokenizer(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_labels_are_missed_before_anything_is_trained(tmp_path: Path) -> None:
+    rows = dataset(labels=None)
+    for method, says in (("tr-bert", "'tr-bert' learns from labels"), ("ltp", "The stage 'soft' learns from labels")):
+        with pytest.raises(OptionError, match=says):
+            thresher.fit(make("bert"), method, rows, tokenizer(), tmp_path / "new")
+    with pytest.raises(OptionError, match="'pabee' learns from labels"):
+        thresher.fit(make("bert"), "random", rows, tokenizer(), tmp_path / "new", exit="pabee")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_half_saved_stage_runs_again(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from thresher.measure.run import batches, collate
 from thresher.methods.adapler import CONTRIBUTIONS, PLACES, AdapLeRPolicy
 from thresher.model import attachment_of, detach, evaluating, find_encoder, is_attached
 from thresher.policy import tracing
+from thresher.settings import is_whole
+from thresher.targets import IGNORED, check_labels
 from thresher.tasks.given import as_rows
 
 if TYPE_CHECKING:
@@ -29,7 +31,6 @@ Method = Literal["gradient-x-input", "integrated-gradients", "attention", "contr
 Inputs = dict[str, Tensor]
 Measure = Callable[[Any, Inputs, Inputs], Tensor]  # model, inputs and labels of a batch → [B, N], none negative
 LABELS = ("labels", "start_positions", "end_positions")
-PADDING = -100  # the label of what is not scored
 
 
 def saliency(
@@ -62,9 +63,9 @@ def saliency(
     does not have, and for scores that are not finite.
     """
     if method not in get_args(Method):
-        raise OptionError(f"There is no saliency {method!r}{nearest(method, get_args(Method))}")
-    if steps < 1:
-        raise OptionError(f"steps must be at least 1, not {steps!r}.")
+        raise OptionError(f"There is no saliency {method!r}{nearest(str(method), get_args(Method))}")
+    if not is_whole(steps) or steps < 1:
+        raise OptionError(f"steps must be a whole number of at least 1, not {steps!r}.")
     models = list(model) if isinstance(model, list | tuple) else [model]
     if not models:
         raise OptionError("Give saliency a model, or several.")
@@ -72,7 +73,6 @@ def saliency(
     encoder = find_encoder(models[0])
     found: dict[int, np.ndarray] = {}
     for index, inputs, labels in _batches(encoder, rows, batch_size):
-        _check_labels(encoder, index, labels)
         scores = torch.stack([_measured(one, measure, inputs, labels) for one, measure in measures]).mean(0)
         mask = inputs["attention_mask"].bool()
         finite = torch.isfinite(scores).logical_or(~mask).all(1)
@@ -89,26 +89,12 @@ def saliency(
     return [found[row] for row in range(len(found))]
 
 
-def _check_labels(encoder: Any, index: Sequence[int], labels: Inputs) -> None:
-    """Raises DataError for the first row whose label is no class of the model, or no tag."""
-    wanted, count = labels.get("labels"), encoder.config.num_labels or 0
-    if wanted is None or wanted.is_floating_point() or count < 2:
-        return
-    strange = (wanted < 0) | (wanted >= count)
-    if wanted.dim() == 2:
-        strange &= wanted != PADDING
-    if bool(strange.any()):
-        place = strange.nonzero()[0]
-        label = int(wanted[tuple(place)])
-        raise DataError(
-            f"Row {index[int(place[0])] + 1} has the label {label}, and the model has the classes 0 to {count - 1}."
-        )
-
-
 def _shares(scores: Tensor) -> np.ndarray:
-    """[n] none negative → [n] that sum to 1."""
+    """[n] none negative → [n] that sum to 1; n may be 0."""
     values = scores.double().cpu().numpy()
     total = values.sum()
+    if not len(values):
+        return np.zeros(0, np.float32)
     return (values / total if total > 0 else np.full_like(values, 1 / len(values))).astype(np.float32)
 
 
@@ -142,12 +128,14 @@ def _batches(
 ) -> Iterator[tuple[list[int], Inputs, Inputs]]:
     """Row numbers, the model's inputs [B, N] and the rows' labels, batch by batch."""
     if isinstance(rows, Mapping) and all(isinstance(value, Tensor) for value in rows.values()):
+        _check_batch(encoder, rows)
         given = {name: value.to(encoder.device) for name, value in rows.items()}
         labels = {name: given.pop(name) for name in LABELS if name in given}
         given.setdefault("attention_mask", torch.ones_like(given["input_ids"]))
         yield list(range(len(given["input_ids"]))), given, labels
         return
     rows = as_rows(rows)
+    check_labels(encoder, rows)
     pad_id = encoder.config.pad_token_id or 0
     known = [name for name in LABELS if name in rows.column_names]
     for index in batches(rows, batch_size):
@@ -161,11 +149,21 @@ def _batches(
         yield index, inputs, labels
 
 
+def _check_batch(encoder: Any, batch: Mapping[str, Tensor]) -> None:
+    """Raises DataError for tensors that are no batch, or labels that are not the model's."""
+    if "input_ids" not in batch:
+        raise DataError(f"A batch needs input_ids; it has {', '.join(batch) or 'nothing'}.")
+    if len({len(value) for value in batch.values()}) > 1:
+        sizes = ", ".join(f"{name} of {len(value)}" for name, value in batch.items())
+        raise DataError(f"The tensors of a batch are of the same rows, and these are not: {sizes}.")
+    check_labels(encoder, {name: value.tolist() for name, value in batch.items() if name in (*LABELS, "input_ids")})
+
+
 def _padded(labels: Sequence[Any], width: int) -> list[Any]:
     """Labels of rows; where they are of tokens, all of one width."""
     if not isinstance(labels[0], list) or isinstance(labels[0][0], float):
         return list(labels)
-    return [[*row, *[PADDING] * (width - len(row))] for row in labels]
+    return [[*row, *[IGNORED] * (width - len(row))] for row in labels]
 
 
 # --- gradients ----------------------------------------------------------------------------------------------------
@@ -287,7 +285,7 @@ def logit(outputs: Any, labels: Inputs, mask: Tensor) -> Tensor:
     if wanted is None:
         raise OptionError(f"This model's rows have labels, not {', '.join(labels)}.")
     if logits.dim() == 3:
-        scored = mask.bool() & (wanted != PADDING)
+        scored = mask.bool() & (wanted != IGNORED)
         return (_picked(logits, wanted.clamp(min=0)) * scored).sum(1)
     if logits.shape[-1] == 1:
         return logits[:, 0]

@@ -50,6 +50,7 @@ class PolicyConfig(Settings):
     point: ClassVar[Point] = Point.AFTER_ATTENTION  # where tokens drop
     # The rows it is for: "pairs" have two segments, "answers" say where in them the answer lies (or the evidence for it).
     serves: ClassVar[Literal["any", "pairs", "answers"]] = "any"
+    labelled: ClassVar[bool] = False  # whether it learns from labels, however its stages are set
     control: ClassVar[bool] = False  # what every method has to beat: it chooses blindly, and is compared untrained
 
     protect_segments: tuple[int, ...] = ()

@@ -22,7 +22,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ import numpy as np
 from thresher.errors import DataError, OptionError, StoreError, ThresherError
 from thresher.pairs.cache import check_count
 from thresher.pairs.keeping import BATCH, CUT, Added, Index, check_new
+from thresher.settings import is_whole
 
 Batch = Mapping[str, np.ndarray]
 
@@ -215,7 +215,7 @@ def fill(
     dying.
     """
     for name, value in (("workers", workers), ("batch", batch)):
-        if not isinstance(value, Integral) or value < 1:
+        if not is_whole(value) or value < 1:
             raise OptionError(f"Indexing takes a whole number of {name}, at least 1, not {value!r}.")
     index.store.hold()
     encoder = CandidateEncoder(scorer, device=device, threads=threads)

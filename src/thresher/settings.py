@@ -22,6 +22,8 @@ class Settings:
             value = getattr(self, name)
             if not any(_is(value, kind) for kind in kinds):
                 raise OptionError(f"{name} must be {' or '.join(_KINDS[kind] for kind in kinds)}, not {value!r}.")
+            if int in kinds and not isinstance(value, bool | int | str | None) and float not in kinds:
+                object.__setattr__(self, name, int(value))  # 64.0, and numpy's own
 
     @classmethod
     def called(cls) -> str:
@@ -65,14 +67,22 @@ def _plain(cls: type[Settings]) -> dict[str, tuple[type, ...]]:
     return found
 
 
+def is_whole(value: Any) -> bool:
+    """A whole number, numpy's too; no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """A real number, numpy's too, perhaps infinite or NaN; no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _is(value: Any, kind: type) -> bool:
     if kind is int:
-        return (isinstance(value, Integral) and not isinstance(value, bool)) or (
-            isinstance(value, float) and value.is_integer()
-        )
+        return is_whole(value) or (isinstance(value, float) and value.is_integer())
     if kind is float:
-        return isinstance(value, Real) and not isinstance(value, bool)
+        return is_number(value)
     return isinstance(value, kind)
 
 
-__all__ = ["Settings"]
+__all__ = ["Settings", "is_number", "is_whole"]

@@ -323,7 +323,9 @@ def _drawn(work: Work, truth: Truth) -> Callable[[np.ndarray, Any], float]:
 def _of(work: Work, truth: Truth, index: np.ndarray) -> Callable[[np.ndarray], float]:
     """The metric on the rows of these numbers."""
     groups = None if truth.groups is None else [truth.groups[i] for i in index]
-    found = work.quality(replace(truth, labels=[truth.labels[i] for i in index], groups=groups), _nothing())
+    tags = None if truth.tags is None else truth.tags.select(index)
+    picked = replace(truth, labels=[truth.labels[i] for i in index], groups=groups, tags=tags)
+    found = work.quality(picked, _nothing())
     assert found is not None
     return found
 

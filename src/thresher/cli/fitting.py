@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -178,6 +178,8 @@ def fit(
     lessons = _lessons(start.work.kind, new_head, fine_tune, no_labels, overrides)
     config = None if config is None else start.work.fitting(config, start.tokenizer, start.model)
     encoded = start.encode(rows, columns, labels=lessons.labels, training=True)
+    if not lessons.labels:
+        encoded = _without_labels(encoded)
     _refuse_unserved(config, encoded)
     if lessons.labels:
         refuse_one_answer(encoded.rows, start.work.kind, data)
@@ -232,7 +234,10 @@ def _configs(
         raise OptionError(f"--no-labels: the exit {leaving.method!r} learns from labels; {_instead(leaving)}.")
     if method is None and leaving is not None:
         return None, leaving
-    return method_config(method or "ltp", settings), leaving
+    config = method_config(method or "ltp", settings)
+    if config.labelled and not labels:
+        raise OptionError(f"--no-labels: the method {config.method!r} learns from labels; take another method.")
+    return config, leaving
 
 
 def _instead(exit: ExitConfig) -> str:
@@ -264,6 +269,13 @@ def _lessons(kind: str, new_head: bool, fine_tune: bool | None, no_labels: bool,
     return Lessons(
         labels, new_head if fine_tune is None else fine_tune, overrides if labels else LABEL_FREE | overrides
     )
+
+
+def _without_labels(encoded: EncodedRows) -> EncodedRows:
+    """Rows that a method which would like labels finds none in."""
+    from thresher.training.learner import LABELS
+
+    return replace(encoded, rows=encoded.rows.remove_columns([n for n in LABELS if n in encoded.rows.column_names]))
 
 
 def _refuse_unserved(config: PolicyConfig | None, encoded: EncodedRows) -> None:

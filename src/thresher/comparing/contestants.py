@@ -26,8 +26,16 @@ TRAINED_ON = "trained-on"  # the control that drops nothing: what more training 
 LOOKED_AT = 64  # rows that tell whether there are pairs
 STEPS = 200  # that tell how many passes a step makes, where that is drawn
 LABELS = ("labels", "start_positions")
-# Magic Pyramid (LTP and FastBERT), and the same of other methods; the last for answers.
-UNIONS = ("ltp+fastbert", "attention-mass+fastbert", "adapler+fastbert", "ltp+settled-span")
+# Magic Pyramid (LTP and FastBERT), and the same of other methods: for classes, responses, answers and tags.
+UNIONS = (
+    "ltp+fastbert",
+    "attention-mass+fastbert",
+    "adapler+fastbert",
+    "ase+pabee",
+    "ltp+settled-span",
+    "block-skim+settled-span",
+    "ltp+sentee",
+)
 OF_A_METHOD = ("learning_rate", "policy_learning_rate", "label_weight", "distil_weight")
 WANTED = {
     "pairs": "needs rows of two texts",

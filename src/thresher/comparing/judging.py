@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from thresher.calibration import Quality, agreement
 from thresher.errors import DataError, OptionError
-from thresher.measure.run import MODEL_INPUTS
-from thresher.model import find_encoder
 from thresher.tasks.given import as_rows
+from thresher.training.identity import digest
 
 if TYPE_CHECKING:
     import datasets
@@ -23,7 +20,6 @@ if TYPE_CHECKING:
 RowsQuality = Callable[[np.ndarray, "datasets.Dataset"], float]
 
 DRAWS = 100  # of a bootstrap: a standard error to about a fourteenth of itself
-TARGETS = ("labels", "start_positions", "end_positions")
 
 
 @dataclass(frozen=True)
@@ -116,26 +112,6 @@ def _agreement(predictions: np.ndarray, reference: np.ndarray, index: np.ndarray
     return agreement(reference[index], model)(predictions[index])
 
 
-def digest(rows: datasets.Dataset) -> str:
-    """Of what a model reads of rows and of their labels."""
-    found = hashlib.sha256()
-    for name in (*MODEL_INPUTS, *TARGETS):
-        if name in rows.column_names:
-            found.update(name.encode())
-            found.update(repr(rows[name][:]).encode())
-    return found.hexdigest()
-
-
-def weights(model: Any) -> str:
-    """A digest of an encoder's weights, those of heads and poolers, which may be new, not included."""
-    found = hashlib.sha256()
-    for name, value in find_encoder(model).base_model.state_dict().items():
-        if "pooler" not in name:
-            found.update(name.encode())
-            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
-
-
 def halves(units: Sequence[Hashable], seed: int) -> tuple[list[int], list[int]]:
     """Row numbers in two parts, drawn with `seed`; rows of one unit (a dialogue, a passage) stay together.
 
@@ -178,4 +154,4 @@ def parts(
     return chosen, judged
 
 
-__all__ = ["Part", "digest", "halves", "parts", "weights"]
+__all__ = ["Part", "halves", "parts"]

@@ -22,13 +22,14 @@ from thresher.comparing.contestants import (
     labelled,
     stage_settings,
 )
-from thresher.comparing.judging import Part, RowsQuality, digest, parts, weights
+from thresher.comparing.judging import Part, RowsQuality, parts
 from thresher.comparing.keeping import Kept
 from thresher.comparing.standings import Standing, Target, apply, frontier, pick
 from thresher.errors import DataError, OptionError
 from thresher.model import attach, attachment_of, save
 from thresher.policy import PolicyConfig, Stage
 from thresher.tasks.given import as_rows
+from thresher.training.identity import digest, weights
 
 if TYPE_CHECKING:
     import datasets

@@ -73,11 +73,12 @@ class PatientExit(Exit[SettledT]):
 
     def check(self, config: SettledT) -> None:
         """A patience must let somebody leave before the last layer."""
-        most = self.geometry.layers - 2
+        layers, most = self.geometry.layers, self.geometry.layers - 2
+        if most < 1:
+            raise OptionError(f"An exit with patience needs a model of at least 3 layers, and this one has {layers}.")
         if config.patience is not None and config.patience > most:
             raise OptionError(
-                f"With patience={config.patience} nobody leaves before the last of {self.geometry.layers} layers; "
-                + (f"give at most {most}." if most > 0 else "such an exit needs a model of at least 3 layers.")
+                f"With patience={config.patience} nobody leaves before the last of {layers} layers; give at most {most}."
             )
 
     def patience(self) -> int:

@@ -56,6 +56,7 @@ class TRBert(PolicyConfig):
     """
 
     method: ClassVar[str] = "tr-bert"
+    labelled: ClassVar[bool] = True
     point: ClassVar[Point] = Point.BEFORE_LAYER
     points: tuple[int, ...] | None = None
     penalty: float = 0.5

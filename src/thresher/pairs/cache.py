@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from thresher.errors import DataError, OptionError, nearest
+from thresher.settings import is_whole
 
 Id = str | int
 Storage = Literal["float32", "float16", "int8", "int32"]
@@ -209,7 +209,7 @@ def check_ids(ids: tuple[Id, ...]) -> tuple[Id, ...]:
     """The ids again. Raises DataError where there is none, one is empty, of another type or given twice."""
     if not ids:
         raise DataError("There are no candidates; give at least one.")
-    ids = tuple(int(name) if _whole(name) else name for name in ids)  # type: ignore[call-overload]  # numpy's numbers too
+    ids = tuple(int(name) if is_whole(name) else name for name in ids)  # type: ignore[call-overload]  # numpy's numbers too
     for name in ids:
         if isinstance(name, bool) or not isinstance(name, str | int):
             raise DataError(f"An id is a text or a whole number, not {name!r}.")
@@ -227,13 +227,9 @@ def check_count(value: Any, what: str) -> int:
 
     Raises OptionError for what is no whole number above 0.
     """
-    if not _whole(value) or value < 1:
+    if not is_whole(value) or value < 1:
         raise OptionError(f"{what} a whole number of candidates, at least 1, not {value!r}.")
     return int(value)
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _values(data: Tensor, scales: Tensor | None) -> Tensor:

@@ -7,7 +7,6 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from thresher.errors import DataError, OptionError, ThresherError
 from thresher.pairs.losses import NO_TOKEN, PairLearner, PairLoss
 from thresher.pairs.reading import padded
 from thresher.pairs.scorer import Scorer
+from thresher.settings import is_number, is_whole
 from thresher.tasks.pairs import Pairs, pairs
 from thresher.training.resuming import begin, refuse_another_run
 from thresher.training.stages import Precision, training_arguments
@@ -61,7 +61,7 @@ def examples(
     Raises DataError for rows that `tasks.pairs.pairs` refuses, that do not fit the scorer's classes, or of which none is left;
     OptionError for a `hard` below 0.
     """
-    if hard is not None and (not isinstance(hard, Integral) or hard < 0):
+    if hard is not None and (not is_whole(hard) or hard < 0):
         raise OptionError(f"hard, the wrong candidates that a query brings, is a whole number or None, not {hard!r}.")
     canonical = rows if isinstance(rows, Pairs) else pairs(rows)
     classes = scorer.config.classes
@@ -206,10 +206,10 @@ def train(
 
 
 def _check(epochs: float, batch_size: int, learning_rate: float) -> None:
-    if not isinstance(batch_size, Integral) or batch_size < 1:
+    if not is_whole(batch_size) or batch_size < 1:
         raise OptionError(f"A step learns from a whole number of queries, at least 1, not {batch_size!r}.")
     for name, value in (("epochs", epochs), ("learning_rate", learning_rate)):
-        if not isinstance(value, Real) or not 0.0 < value < math.inf:
+        if not is_number(value) or not 0.0 < value < math.inf:
             raise OptionError(f"{name} must be a number above 0, not {value!r}.")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from thresher.errors import OptionError
 from thresher.pairs.cache import Block
 from thresher.pairs.reading import longest
 from thresher.pairs.scorer import Asked, Scorer
+from thresher.settings import is_number, is_whole
 
 NO_TOKEN = -1  # beyond a row's end in a batch
 
@@ -42,9 +42,9 @@ class PairLoss:
         for name in ("temperature", "label_weight", "distil_weight", "distil_temperature"):
             value = getattr(self, name)
             low = above.get(name, -1e-300)
-            if not isinstance(value, Real) or not low < value < math.inf:
+            if not is_number(value) or not low < value < math.inf:
                 raise OptionError(f"Training cannot have {name}={value!r}.")
-        if self.negatives is not None and (not isinstance(self.negatives, Integral) or self.negatives < 0):
+        if self.negatives is not None and (not is_whole(self.negatives) or self.negatives < 0):
             raise OptionError(f"Training cannot have negatives={self.negatives!r}.")
         if not (self.label_weight or self.distil_weight):
             raise OptionError("With label_weight=0 and distil_weight=0 nothing is learned; give one of them a weight.")

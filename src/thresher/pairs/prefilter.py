@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 import datasets
@@ -24,6 +23,7 @@ from thresher.pairs.cache import check_count
 from thresher.pairs.reranker import Reranker
 from thresher.pairs.scorer import Scorer
 from thresher.pairs.texts import Text, flat, one_pair, pairs_of, tokens_of
+from thresher.settings import is_number, is_whole
 from thresher.tasks.features import length_limit
 from thresher.tasks.pairs import Pairs, pairs
 from thresher.tasks.ranking import ranking_metrics
@@ -88,9 +88,9 @@ class Prefilter:
         self.tokenizer: Any = getattr(inner, "tokenizer", None) if tokenizer is None else tokenizer
         if self.tokenizer is None:
             raise OptionError(f"A {type(model).__name__} holds no tokenizer; give Prefilter the model's own.")
-        if not isinstance(threshold, Real) or not -1.0 <= threshold <= MOST:
+        if not is_number(threshold) or not -1.0 <= threshold <= MOST:
             raise OptionError(f"threshold is a cosine between -1 and 1, not {threshold!r}.")
-        if not isinstance(keep, Integral) or keep < 1:
+        if not is_whole(keep) or keep < 1:
             raise OptionError(f"keep must be a whole number, at least 1 document of a query, not {keep!r}.")
         if isinstance(inner, Scorer) and not inner.joint:
             raise OptionError(

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from transformers import PreTrainedTokenizerBase
 
 from thresher.errors import DataError, OptionError
-from thresher.tasks.features import DEFAULT_MAX_LENGTH
+from thresher.tasks.features import length_limit
 from thresher.tasks.given import as_rows
 from thresher.tasks.labels import class_numbers
 
@@ -88,16 +88,18 @@ def encode_rationales(
         raise OptionError("Rationales need a fast tokenizer (a tokenizer.json beside the model), which knows words.")
     words = tuple(_words(number, given) for number, given in enumerate(rows["tokens"][:], start=1))
     spans = [
-        [_span(number, span, len(text)) for span in given or ()]
+        [_span(number, span, len(text)) for span in _spans(number, given)]
         for number, (given, text) in enumerate(zip(rows["rationales"][:], words, strict=True), start=1)
     ]
     rationales = tuple(tuple(sorted({(start, end) for start, end in some if start < end})) for some in spans)
     empty = sum(start == end for some in spans for start, end in some)
-    limit = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH) if max_length is None else max_length
+    limit = length_limit(tokenizer, max_length)
     features: dict[str, list[Any]] = {}
     word_of, truncated = [], 0
     for text in words:
-        encoded = tokenizer(list(text), is_split_into_words=True, truncation=True, max_length=limit)
+        encoded = tokenizer(
+            list(text), is_split_into_words=True, split_special_tokens=True, truncation=True, max_length=limit
+        )
         for name in ("input_ids", "attention_mask", "token_type_ids"):
             if name in encoded:
                 features.setdefault(name, []).append(encoded[name])
@@ -114,8 +116,14 @@ def _words(number: int, given: Any) -> tuple[str, ...]:
     return tuple(given)
 
 
+def _spans(number: int, given: Any) -> list[Any]:
+    if not isinstance(given, list | None):
+        raise DataError(f"Row {number} has the rationales {given!r}, which are no list of [start, end) of words.")
+    return given or []
+
+
 def _span(number: int, span: Any, length: int) -> Span:
-    if not isinstance(span, list | tuple) or len(span) != 2 or not all(isinstance(end, int) for end in span):
+    if not isinstance(span, list | tuple) or len(span) != 2 or not all(type(end) is int for end in span):
         raise DataError(f"Row {number} has the rationale {span!r}, which is not [start, end) of words.")
     start, end = span
     if not 0 <= start <= end <= length:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -67,6 +67,13 @@ class EncodedTags(EncodedRows):
         if self.left_out:
             parts.append(f"{_count(self.left_out, 'row')} without a word to learn from {_were(self.left_out)} left out")
         return "; ".join(parts) or None
+
+    def select(self, index: Sequence[int] | NDArray[Any]) -> EncodedTags:
+        """The rows of these numbers, some more than once where they are; the counts stay those of all."""
+        numbers = [int(number) for number in index]
+        words, firsts = [self.words[number] for number in numbers], [self.firsts[number] for number in numbers]
+        tags = None if self.tags is None else [self.tags[number] for number in numbers]
+        return replace(self, rows=self.rows.select(numbers), words=words, firsts=firsts, tags=tags)
 
     def predicted(self, predictions: NDArray[Any]) -> list[list[str]]:
         """A tag for every word of every row; O for words that were not read.

@@ -18,7 +18,7 @@ from accelerate import PartialState
 
 from thresher import checkpoint
 from thresher.calibration import Calibration, Quality, Turned, agreement, calibrate
-from thresher.errors import OptionError, TargetError
+from thresher.errors import DataError, OptionError, TargetError
 from thresher.exits import ExitConfig
 from thresher.frontier import Frontier
 from thresher.measure.run import run, run_packed
@@ -27,11 +27,12 @@ from thresher.policy import Mode, PolicyConfig, Stage
 from thresher.tasks.given import as_rows
 from thresher.training import frontiers
 from thresher.training.epochs import BEST, POINT, Epochs, best, fastest, judged, kept
+from thresher.training.identity import digest, weights
 from thresher.training.learner import stock_copy
 from thresher.training.plan import FINE_TUNE, planned
 from thresher.training.resuming import begin, by_one, refuse_another_run
 from thresher.training.salient import COLUMN, with_saliency
-from thresher.training.stages import run_stage, trains_on_cpu
+from thresher.training.stages import refuse_without_labels, run_stage, trains_on_cpu
 
 FIRST_GUESS = 2.0
 EPOCHS = "epochs"  # a stage's folder of the epochs that were kept
@@ -85,6 +86,10 @@ def fit(
     plan = planned(model, stages, overrides or {}, fine_tune=fine_tune)
     target = Target(speedup, max_loss)
     _refuse(model, target, validation, search)
+    if not len(rows):
+        raise DataError("There are no rows to train on.")
+    for stage in plan:  # rather now than after the stages before it
+        refuse_without_labels(model, stage, rows)
     run = _Run(
         model,
         plan,
@@ -322,13 +327,13 @@ class _Run:
 def _settings(model: Any, plan: tuple[Stage, ...], rows: datasets.Dataset, seed: int) -> dict[str, Any]:
     """What a run must have in common with the one it goes on with; a target may change, finished stages serve any."""
     policy, exit = attachment_of(model).policy, attachment_of(model).exit
-    ends = [rows[i]["input_ids"] for i in (0, -1)] if len(rows) else []
     settings = {
+        "model": weights(model),
         "method": policy.config.method if policy else None,
         "config": policy.config.to_dict() if policy else {},
         "exit": {"method": exit.config.method, **exit.config.to_dict()} if exit else None,
         "stages": [dataclasses.asdict(stage) for stage in plan],
-        "rows": [len(rows), ends],
+        "rows": digest(rows),
         "seed": seed,
     }
     return json.loads(json.dumps(settings))  # type: ignore[no-any-return]

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thresher.errors import OptionError
-
-IGNORED = -100  # the label of a token that is not learned from
+from thresher.targets import IGNORED
 
 
 def row_losses(outputs: Any, batch: Mapping[str, Tensor], *, sigmoid: bool = False) -> Tensor:

@@ -15,11 +15,28 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from thresher.attribution import saliency
-from thresher.errors import CheckpointError
+from thresher.errors import CheckpointError, DataError
 from thresher.training.resuming import by_one
 
 COLUMN = "saliency"
 FILE = "saliency.npy"
+NEAR = 1e-2  # to 1: half precision, summed
+
+
+def check_saliency(rows: datasets.Dataset) -> None:
+    """Raises DataError for the first row (from 1) whose saliency is no distribution over its tokens."""
+    for number, (given, ids) in enumerate(zip(rows[COLUMN], rows["input_ids"], strict=True), start=1):
+        if isinstance(given, list) and len(given) != len(ids):
+            raise DataError(f"Row {number} has {len(ids)} tokens but {len(given)} of {COLUMN!r}.")
+        try:
+            values = np.array(given, dtype=np.float64)
+        except (TypeError, ValueError):
+            values = np.zeros(0)
+        if values.shape != (len(ids),) or not (values >= 0).all() or abs(values.sum() - 1.0) > NEAR:
+            raise DataError(
+                f"Row {number} has a {COLUMN} that is not one number a token, none negative, that sum to 1; give what "
+                "thresher.saliency(model, rows) gives, or leave the column out."
+            )
 
 
 def with_saliency(

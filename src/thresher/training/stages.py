@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,10 +22,12 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from thresher.errors import DataError, OptionError
+from thresher.errors import DataError, OptionError, ThresherError
 from thresher.model import attachment_of, find_encoder
 from thresher.policy import Policy, Stage
+from thresher.targets import check_labels
 from thresher.training.learner import FOR_THE_POLICY, Learner
+from thresher.training.salient import COLUMN, check_saliency
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -153,10 +156,10 @@ def run_stage(
     teacher: the stock model for distillation; by default a copy of the model as it is now.
     progress: transformers' own bars; callbacks: those of your own, for another display.
     arguments: anything else transformers.TrainingArguments takes (gradient_accumulation_steps, max_steps, use_cpu, ...).
-    Raises OptionError when the stage needs labels that the rows lack.
+    Raises OptionError when the stage needs labels that the rows lack, DataError for a label that is none of the model's,
+    ThresherError where training diverges.
     """
     policy = attachment_of(model).policy
-    _refuse(model, stage, rows)
     settings = {
         "num_train_epochs": stage.epochs,
         "learning_rate": stage.learning_rate,
@@ -167,6 +170,7 @@ def run_stage(
         "disable_tqdm": not progress,
         **arguments,
     }
+    _refuse(model, dataclasses.replace(stage, epochs=_epochs(settings, len(rows))), rows)
     learner = Learner(model, stage, teacher)
     with _in_its_modes(model, stage):
         trainer = _StageTrainer(
@@ -179,7 +183,21 @@ def run_stage(
         trainer.remove_callback(PrinterCallback)  # it would print to standard output, which belongs to the caller
         last = get_last_checkpoint(str(directory)) if resume and Path(directory).is_dir() else None
         result = trainer.train(resume_from_checkpoint=last)
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise ThresherError(
+            f"Training diverged in the stage {stage.name!r}: the weights are no numbers any more; lower its learning rate "
+            f"({settings['learning_rate']:g})."
+        )
     return dict(result.metrics)
+
+
+def _epochs(settings: Mapping[str, Any], rows: int) -> float:
+    """How often the rows are read, whatever of Trainer's arguments says so."""
+    steps = settings.get("max_steps", -1)
+    if steps <= 0:
+        return float(settings["num_train_epochs"])
+    a_step = settings["per_device_train_batch_size"] * settings.get("gradient_accumulation_steps", 1)
+    return float(steps / max(math.ceil(rows / a_step), 1))
 
 
 def _refuse(model: Any, stage: Stage, rows: datasets.Dataset) -> None:
@@ -188,13 +206,31 @@ def _refuse(model: Any, stage: Stage, rows: datasets.Dataset) -> None:
     exit, policy = attachment.exit, attachment.policy
     if stage.exits and exit is None:
         raise OptionError(f"The stage {stage.name!r} trains an exit and the model has none; attach it with exit=.")
-    labelled = stage.label_weight or (stage.exits and exit is not None and exit.config.labelled)
-    if labelled and "labels" not in rows.column_names and "start_positions" not in rows.column_names:
+    refuse_without_labels(model, stage, rows)
+    check_labels(find_encoder(model), rows)
+    if policy is not None and policy.learns_saliency and COLUMN in rows.column_names:
+        check_saliency(rows)
+    if policy is not None and not stage.exits:
+        policy.check(stage)
+
+
+def refuse_without_labels(model: Any, stage: Stage, rows: datasets.Dataset) -> None:
+    """Raises OptionError for a stage that learns from labels where the rows have none."""
+    exit, policy = attachment_of(model).exit, attachment_of(model).policy
+    if "labels" in rows.column_names or "start_positions" in rows.column_names:
+        return
+    if stage.exits:
+        method = exit.config if exit is not None and exit.config.labelled else None
+    else:
+        method = policy.config if policy is not None and policy.config.labelled and stage.mode != "off" else None
+    if method is not None:
+        raise OptionError(
+            f"{method.method!r} learns from labels and these rows have none; give labels, or another method."
+        )
+    if stage.label_weight:
         raise OptionError(
             f"The stage {stage.name!r} learns from labels and these rows have none; give labels, or distil (no labels needed)."
         )
-    if policy is not None and not stage.exits:
-        policy.check(stage)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +29,9 @@ from thresher.errors import OptionError
 from thresher.measure.run import MODEL_INPUTS
 from thresher.model import attach, detach, evaluating, find_encoder, is_attached, save
 from thresher.policy import Stage
+from thresher.settings import is_whole
 from thresher.tasks.given import as_rows
+from thresher.training.identity import digest, weights
 from thresher.training.learner import LABELS, stock_copy
 from thresher.training.resuming import begin, by_one, refuse_another_run
 from thresher.training.row_losses import row_losses
@@ -55,7 +56,7 @@ def student(model: ModelT, layers: int) -> ModelT:
     encoder = find_encoder(made)
     config, there = encoder.config, enter(encoder).layers
     depth = config.num_hidden_layers
-    if not isinstance(layers, Integral) or not 1 <= layers <= depth:
+    if not is_whole(layers) or not 1 <= layers <= depth:
         raise OptionError(f"A student has from 1 to the {depth} layers of its teacher, not {layers!r}.")
     kept = [round(place) for place in np.linspace(0, depth - 1, layers).tolist()]
     if len(there) == depth:
@@ -164,9 +165,7 @@ def distil(
     rows = as_rows(rows)
     work = Path(directory) / "training"
     processes = PartialState(cpu=trains_on_cpu(arguments))
-    ends = [rows[number]["input_ids"] for number in (0, -1)] if len(rows) else []
-    size = sum(parameter.numel() for parameter in find_encoder(student).parameters())
-    settings = {"stage": asdict(stage), "rows": [len(rows), ends], "seed": seed, "parameters": size}
+    settings = {"stage": asdict(stage), "rows": digest(rows), "seed": seed, "model": weights(student)}
     settings = json.loads(json.dumps(settings))
     refuse_another_run(work, settings)
     by_one(processes, lambda: begin(work, settings))
