@@ -673,3 +673,15 @@ def test_evaluate_and_bench_say_where_nothing_is_gained(place: Path, tmp_path: P
     assert "the model before (" not in call("evaluate", place / "fitted", place / "rows.jsonl").stdout
     words = ("bench", place / "clf", place / "rows.jsonl", "--batch-size", 8, "--rounds", 1)
     assert "the model before (" not in call(*words).stdout  # nothing drops there, so nothing is to be gained
+
+
+@pytest.mark.parametrize("command", ["fit", "compare"])
+def test_a_bad_row_has_the_number_it_has_in_the_file(place: Path, tmp_path: Path, command: str) -> None:
+    """Also where rows are held out or drawn."""
+    rows = synthetic()
+    rows[len(rows) - 4] = {**rows[len(rows) - 4], "label": None}
+    data = write_rows(tmp_path / "bad.jsonl", rows)
+    says = f"Row {len(rows) - 3} "
+    fails(command, place / "base", data, "--out", tmp_path / "o", match=says)
+    fails(command, place / "base", data, "--limit", len(rows) - 1, "--seed", 1, "--out", tmp_path / "o", match=says)
+    fails(command, place / "base", data, "--validation", data, "--out", tmp_path / "o", match=says)

@@ -170,7 +170,7 @@ def compare(
     place = place_of(device)
     begun = time.monotonic()
 
-    from thresher.cli.data import kind_asked, refuse_one_answer
+    from thresher.cli.data import kind_asked, numbered_as_read, refuse_one_answer
     from thresher.cli.starting import open_start
     from thresher.comparing import Clock
     from thresher.comparing import compare as contest
@@ -181,9 +181,10 @@ def compare(
     directory_to_write(out)
     kind = kind_asked(task, data)
     rows, parts = _rows(data, validation, test, (limit, validation_limit, test_limit), seed, kind, columns)
-    start, new_head = open_start(
-        model, rows, place, kind=kind, metric=metric, columns=columns, max_length=max_length, seed=seed
-    )
+    with numbered_as_read(rows):
+        start, new_head = open_start(
+            model, rows, place, kind=kind, metric=metric, columns=columns, max_length=max_length, seed=seed
+        )
     labels = start.work.kind != "embedding"
     if fine_tune and not labels:
         raise OptionError("--fine-tune is for classification and regression; embeddings learn from the model itself.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,21 @@ def training_rows(
     if validation is None:
         return hold_out(rows, seed, columns)
     return rows, read_rows(validation, split="test", limit=limits[1], **how)
+
+
+@contextlib.contextmanager
+def numbered_as_read(rows: datasets.Dataset) -> Iterator[None]:
+    """Inside this block an error that begins with a row's number tells the one it had before rows were drawn or held out."""
+    try:
+        yield
+    except DataError as error:
+        found = re.match(r"Row (\d+)\b", str(error))
+        # Where rows were picked, a data set keeps which; there is no public name for it.
+        picked = getattr(rows, "_indices", None)
+        if found is None or picked is None:
+            raise
+        number = picked.column(0)[int(found[1]) - 1].as_py() + 1
+        raise DataError(f"Row {number}{str(error)[found.end() :]}") from error
 
 
 def refuse_one_answer(rows: datasets.Dataset, kind: str, source: str) -> None:

@@ -156,24 +156,25 @@ def fit(
     place = place_of(device)
     begun = time.monotonic()
 
-    from thresher.cli.data import kind_asked, refuse_one_answer, training_rows
+    from thresher.cli.data import kind_asked, numbered_as_read, refuse_one_answer, training_rows
     from thresher.cli.graphs import in_windows
     from thresher.cli.starting import open_start
 
     kind = kind_asked(task, data)
     limits = (limit, validation_limit)
     rows, held_out = training_rows(data, validation, limits, seed, kind, columns, skip_bad=skip_bad)
-    start, new_head = open_start(
-        model,
-        rows,
-        place,
-        kind=kind,
-        metric=metric,
-        columns=columns,
-        max_length=max_length,
-        seed=seed,
-        labels=not no_labels,
-    )
+    with numbered_as_read(rows):
+        start, new_head = open_start(
+            model,
+            rows,
+            place,
+            kind=kind,
+            metric=metric,
+            columns=columns,
+            max_length=max_length,
+            seed=seed,
+            labels=not no_labels,
+        )
     start = in_windows(start, windows)
     lessons = _lessons(start.work.kind, new_head, fine_tune, no_labels, overrides)
     config = None if config is None else start.work.fitting(config, start.tokenizer, start.model)

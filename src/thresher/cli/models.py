@@ -24,6 +24,7 @@ from thresher.cli.checkpoints import (
     tokenizer_of,
     window_length,
 )
+from thresher.cli.data import numbered_as_read
 from thresher.cli.question_work import QuestionWork
 from thresher.cli.screen import notice
 from thresher.cli.tagging_work import TaggingWork, tags_of_head
@@ -70,8 +71,9 @@ class Opened:
         training: bool = False,
     ) -> EncodedRows:
         """The rows, by the columns the task reads, as token ids; labels are required where `labels`."""
-        named = self.work.named(rows, columns)
-        return self.work.encode(named, self.tokenizer, self.limit(max_length), labels=labels, training=training)
+        with numbered_as_read(rows):
+            named = self.work.named(rows, columns)
+            return self.work.encode(named, self.tokenizer, self.limit(max_length), labels=labels, training=training)
 
     def answer(
         self,
