@@ -287,3 +287,14 @@ def test_a_special_token_among_the_words_is_a_text() -> None:
     data = data.remove_columns("tokens").add_column("tokens", [["w5", "[SEP]", "w6"]])
     (ids,) = encode_rationales(data, tokenizer()).rows["input_ids"]
     assert ids.count(tokenizer().sep_token_id) == 1
+
+
+def test_a_map_of_another_document_is_refused() -> None:
+    found = encoded((3, [(0, 1)]), (5, [(1, 2)]))
+    for number, layers, says in (
+        (2, [3] * 5, "There are 2 documents, from 0, and 2 is none"),
+        (-1, [3] * 5, "-1 is none"),
+        (1, [3] * 5, r"Document 1 has 7 tokens, and layers of shape \(5,\) are not theirs"),
+    ):
+        with pytest.raises(DataError, match=says):
+            rationale_maps(found, number, layers, 3)

@@ -343,3 +343,11 @@ def test_predictions_do_not_depend_on_the_batch() -> None:
     assert encoded.predicted(one.predictions) == encoded.predicted(many.predictions)
     assert encoded.agreement(one.predictions, many.predictions) == 1.0
     assert encoded.predicted(run_packed(model, encoded.rows).predictions) != encoded.predicted(one.predictions)
+
+
+def test_predictions_that_are_too_narrow_or_no_numbers_are_refused() -> None:
+    encoded, said = scored([["B-a", "O"]], [["B-a", "O"]], ("O", "B-a", "I-a"))
+    with pytest.raises(DataError, match="end before token 2, which begins a word"):
+        encoded.metrics(said[:, :2])
+    with pytest.raises(DataError, match="are no numbers"):
+        encoded.metrics(np.full_like(said, np.nan))

@@ -135,13 +135,20 @@ def rationale_maps(rows: RationaleRows, number: int, layers: ArrayLike, count: i
     """Document `number` (from 0) twice: what the person and what the model held to be worth reading.
 
     layers: of its tokens, as `kept_layers` gives them; count: layers of the model.
+    Raises DataError for a number that no document has, or layers of another document's tokens.
     """
+    if not 0 <= number < len(rows):
+        raise DataError(f"There are {len(rows)} documents, from 0, and {number} is none of them.")
     words = rows.words[number]
     human = np.ones(len(words), dtype=np.int64)
     for start, end in rows.rationales[number]:
         human[start:end] = 0
     found = np.zeros(len(words))
     word_of, values = rows.word_of[number], np.asarray(layers, dtype=np.float64)
+    if values.shape != word_of.shape:
+        raise DataError(
+            f"Document {number} has {len(word_of)} tokens, and layers of shape {values.shape} are not theirs."
+        )
     np.maximum.at(found, word_of[word_of >= 0], values[word_of >= 0])
     machine = [0 if at > count else max(int(at), 1) for at in found]
     texts = tuple(word if place == 0 else " " + word for place, word in enumerate(words))

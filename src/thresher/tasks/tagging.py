@@ -88,6 +88,10 @@ class EncodedTags(EncodedRows):
         if predictions.ndim != 3 or (len(predictions), predictions.shape[2]) != (rows, classes):
             raise DataError(f"Predictions {predictions.shape} do not fit {rows} rows and {classes} tags.")
         made = []
+        last = max((place for firsts in self.firsts for place in firsts), default=-1)
+        if last >= predictions.shape[1] or np.isnan(predictions).all():
+            what = "are no numbers" if last < predictions.shape[1] else f"end before token {last}, which begins a word"
+            raise DataError(f"Predictions {predictions.shape} {what}.")
         for logits, firsts in zip(predictions, self.firsts, strict=True):
             places = np.array(firsts, dtype=np.int64)
             best = logits[places].argmax(-1) if len(places) else places
