@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import thresher
-from helpers import make, tokenizer
+from helpers import build, config_of, make, tokenizer
 from pairs.scoring import KINDS, QUERY, TEXTS
 from thresher.errors import CheckpointError, OptionError
 from thresher.methods import CONFIGS
-from thresher.pairs import SCORERS
+from thresher.pairs import SCORERS, load
 from thresher.policy import Policy
 
 POSITIONS = 48
@@ -119,3 +119,23 @@ def test_files_that_make_no_sense_are_one_sentence(encoder: Path, tmp_path: Path
     with pytest.raises(CheckpointError, match="does not load as an encoder") as error:
         SCORERS["dual"].from_encoder(place)
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize("classes", [0, 1, 3])
+def test_a_cross_encoder_keeps_a_trained_head(tmp_path: Path, classes: int) -> None:
+    """So that what others trained, sentence-transformers' cross-encoders for instance, scores and teaches as it is."""
+    trained = build(config_of("bert", 3, num_labels=max(1, classes)), "sequence").eval()
+    trained.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    made = SCORERS["cross"].from_encoder(tmp_path, classes=classes)
+    pairs = [("w20 w21", "w30"), ("w9", "w10 w11 w12")]
+    asked = tokenizer()([a for a, _ in pairs], [b for _, b in pairs], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = trained(**asked).logits
+    expected = logits if classes > 1 else logits[:, 0]
+    torch.testing.assert_close(torch.from_numpy(made.predict(pairs)), expected, rtol=1e-4, atol=1e-5)
+    made.save(tmp_path / "saved")
+    torch.testing.assert_close(load(tmp_path / "saved").predict(pairs), made.predict(pairs))
+    new = SCORERS["cross"].from_encoder(tmp_path, classes=2)
+    assert new.head is not None and new.predict(pairs).shape == (2, 2)
+    assert SCORERS["dual"].from_encoder(tmp_path).encode_candidates(["w5"]).data.shape == (1, 32)

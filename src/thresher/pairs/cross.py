@@ -43,6 +43,7 @@ class CrossEncoder(Scorer[CrossConfig]):
     config_class = CrossConfig
     chunk = 256
     joint = True
+    takes_heads = True
 
     def __init__(self, encoder: Any, tokenizer: Any, config: CrossConfig) -> None:
         super().__init__(encoder, tokenizer, config)

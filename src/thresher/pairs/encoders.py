@@ -6,7 +6,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from thresher import checkpoint
 from thresher.errors import OptionError
@@ -16,20 +23,29 @@ from thresher.model import attach, policy_of
 from thresher.policy import Policy, PolicyConfig
 
 
-def open_encoder(source: Any, policy: PolicyConfig | str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def open_encoder(
+    source: Any, policy: PolicyConfig | str | None, logits: int | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The attached encoder in a directory (or of a hub name), in eval mode, and its tokenizer.
 
+    logits: where `source` is a model for sequence classification with so many, it keeps its head; None: never.
     policy: one that needs no training. None: the one that `source` was saved with, as it was trained, if there is one.
     Raises CheckpointError where nothing can be loaded from `source`, OptionError for a policy that knows nothing before it is
     trained, or does not fit the encoder.
     """
-    encoder, tokenizer = opened(AutoModel, source).eval(), opened(AutoTokenizer, source)
+    kind = AutoModelForSequenceClassification if logits and _has_head(opened(AutoConfig, source), logits) else AutoModel
+    encoder, tokenizer = opened(kind, source).eval(), opened(AutoTokenizer, source)
     if policy is None:
         _attach_saved(encoder, Path(source).expanduser())
     else:
         attach(encoder, policy)
         _refuse_untrained(policy_of(encoder))
     return encoder, tokenizer
+
+
+def _has_head(config: Any, logits: int) -> bool:
+    named = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    return named and config.num_labels == logits
 
 
 def opened(kind: Any, source: Any) -> Any:

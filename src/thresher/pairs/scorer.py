@@ -95,6 +95,7 @@ class Scorer(nn.Module, Generic[ConfigT]):
     config_class: ClassVar[type[ScorerConfig]]
     chunk: ClassVar[int] = 1024
     joint: ClassVar[bool] = False
+    takes_heads: ClassVar[bool] = False
 
     def __init__(self, encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ConfigT) -> None:
         """encoder: without a head; it is attached (packed, no policy) where it is not yet."""
@@ -121,6 +122,9 @@ class Scorer(nn.Module, Generic[ConfigT]):
     ) -> Self:
         """A new scorer, still to be trained, on the encoder in a directory (or of a hub name).
 
+        A cross-encoder keeps the head of a model for sequence classification that has as many logits as it needs, and so
+        scores as that model does.
+
         settings: of the config, e.g. k=2, instead of or over `config`. Without a config, limits that are not given are their
             defaults, or less where the encoder has positions for less.
         policy: one that needs no training, for a scorer's training leaves it as it is. None: the one that `source` was saved
@@ -128,7 +132,8 @@ class Scorer(nn.Module, Generic[ConfigT]):
         Raises CheckpointError where nothing can be loaded from `source`, OptionError for settings that do not fit or a policy
         that knows nothing before it is trained.
         """
-        encoder, tokenizer = open_encoder(source, policy)
+        classes = settings.get("classes", 0 if config is None else config.classes)
+        encoder, tokenizer = open_encoder(source, policy, max(1, classes) if cls.takes_heads else None)
         limits = {} if config is not None else cls.limits(longest(encoder), settings)
         made: Any = cls.config_class(**limits, **settings) if config is None else config.replace(**settings)
         return cls(encoder, tokenizer, made).eval()
