@@ -19,8 +19,8 @@ LONGEST = 400
 # From the ground up; a module may import from floors below its own, and from its own room. The longest prefix counts.
 FLOORS = [
     ["errors", "timing", "memory"],
-    ["settings", "foreign", "stamped", "targets"],
-    ["packed", "tasks", "report", "measure.layer", "pairs.store"],
+    ["settings", "foreign", "stamped"],
+    ["packed", "tasks", "report", "targets", "measure.layer", "pairs.store"],
     ["exported.directory", "proposals"],
     ["exported.sessions"],
     ["exported.runner"],
