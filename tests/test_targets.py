@@ -134,3 +134,11 @@ def test_training_that_diverges_is_an_error(tmp_path: Path) -> None:
         thresher.ThresherError, match="Training diverged in the stage 'soft': .* lower its learning rate"
     ):
         run_stage(model, Stage(name="soft", mode="soft", epochs=1.0), dataset(4), tokenizer(), tmp_path, progress=False)
+
+
+def test_labels_that_nobody_learns_from_are_not_looked_at(tmp_path: Path) -> None:
+    """A stage that learns from the model alone takes rows labelled for another task."""
+    model = thresher.attach(make("bert"), "random")
+    stage = Stage(name="distil", mode="hard", epochs=1.0, label_weight=0.0, distil_weight=1.0)
+    rows = dataset(4, labels=None).add_column("labels", [7, 8, 9, 10])
+    assert "train_loss" in run_stage(model, stage, rows, tokenizer(), tmp_path, progress=False)

@@ -29,7 +29,7 @@ import numpy as np
 
 from thresher.errors import DataError, OptionError, StoreError, ThresherError
 from thresher.pairs.cache import check_count
-from thresher.pairs.keeping import BATCH, CUT, Added, Index, check_new
+from thresher.pairs.keeping import BATCH, CUT, Added, Index, check_new, check_once
 from thresher.settings import is_whole
 
 Batch = Mapping[str, np.ndarray]
@@ -162,7 +162,8 @@ def write(index: Index, batches: Iterable[Batch], on_done: Callable[[int], None]
             _column(batch, name)
         names = [_id(name) for name in _column(batch, "id")]
         _check_made(index, _column(batch, "made_by"))
-        _check_twice(names, seen)
+        for name in names:
+            check_once(name, seen)
         fresh = np.flatnonzero(~index.store.contains(names))
         if len(fresh):
             vectors = [np.asarray(_stacked(batch["vectors"][i]), np.float32) for i in fresh]
@@ -181,14 +182,6 @@ def _check_made(index: Index, makers: Iterable[Any]) -> None:
             f"{index.store.directory} is of another scorer than these candidates were encoded by (fingerprint "
             f"{sorted(others)[0]!r}); give the workers the directory of the index's own scorer, as it is now."
         )
-
-
-def _check_twice(names: Iterable[str], seen: set[str]) -> None:
-    """Put the ids into `seen`. Raises DataError."""
-    for name in names:
-        if name in seen:
-            raise DataError(f"The id {name!r} is given twice; every candidate needs its own.")
-        seen.add(name)
 
 
 def fill(

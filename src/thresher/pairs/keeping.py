@@ -228,9 +228,14 @@ def check_new(candidates: Sequence[tuple[str, Text]], seen: set[str]) -> None:
             raise DataError(f"The id of a candidate that is kept is a text, not {name!r}.")
         if not name:
             raise DataError("A candidate has an empty id.")
-        if name in seen:
-            raise DataError(f"The id {name!r} is given twice; every candidate needs its own.")
-        seen.add(name)
+        check_once(name, seen)
+
+
+def check_once(name: str, seen: set[str]) -> None:
+    """Put the id into `seen`. Raises DataError where it is there."""
+    if name in seen:
+        raise DataError(f"The id {name!r} is given twice; every candidate needs its own.")
+    seen.add(name)
 
 
 def _block(found: Candidates, device: torch.device) -> Block:
@@ -266,4 +271,4 @@ def _best(scores: np.ndarray, names: Sequence[Sequence[str]], k: int | None) -> 
     return sorted(found, key=lambda one: (-one[1], one[0]))[:k]
 
 
-__all__ = ["Added", "Index", "check_new"]
+__all__ = ["Added", "Index", "check_new", "check_once"]

@@ -207,7 +207,8 @@ def _refuse(model: Any, stage: Stage, rows: datasets.Dataset) -> None:
     if stage.exits and exit is None:
         raise OptionError(f"The stage {stage.name!r} trains an exit and the model has none; attach it with exit=.")
     refuse_without_labels(model, stage, rows)
-    check_labels(find_encoder(model), rows)
+    if stage.label_weight or _labelled_method(model, stage) is not None:  # else nobody looks at them
+        check_labels(find_encoder(model), rows)
     if policy is not None and policy.learns_saliency and COLUMN in rows.column_names:
         check_saliency(rows)
     if policy is not None and not stage.exits:
@@ -216,13 +217,9 @@ def _refuse(model: Any, stage: Stage, rows: datasets.Dataset) -> None:
 
 def refuse_without_labels(model: Any, stage: Stage, rows: datasets.Dataset) -> None:
     """Raises OptionError for a stage that learns from labels where the rows have none."""
-    exit, policy = attachment_of(model).exit, attachment_of(model).policy
     if "labels" in rows.column_names or "start_positions" in rows.column_names:
         return
-    if stage.exits:
-        method = exit.config if exit is not None and exit.config.labelled else None
-    else:
-        method = policy.config if policy is not None and policy.config.labelled and stage.mode != "off" else None
+    method = _labelled_method(model, stage)
     if method is not None:
         raise OptionError(
             f"{method.method!r} learns from labels and these rows have none; give labels, or another method."
@@ -231,6 +228,14 @@ def refuse_without_labels(model: Any, stage: Stage, rows: datasets.Dataset) -> N
         raise OptionError(
             f"The stage {stage.name!r} learns from labels and these rows have none; give labels, or distil (no labels needed)."
         )
+
+
+def _labelled_method(model: Any, stage: Stage) -> Any:
+    """The settings of what the stage teaches, where that learns from labels whatever weight they have; else None."""
+    exit, policy = attachment_of(model).exit, attachment_of(model).policy
+    if stage.exits:
+        return exit.config if exit is not None and exit.config.labelled else None
+    return policy.config if policy is not None and policy.config.labelled and stage.mode != "off" else None
 
 
 @contextlib.contextmanager
