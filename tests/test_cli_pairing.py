@@ -31,7 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def words(place: Path, store: Path, *more: object, file: Any = "rows.jsonl") -> tuple[object, ...]:
+def words(place: Path, store: Path | str, *more: object, file: Any = "rows.jsonl") -> tuple[object, ...]:
     return ("index", place / file, "--model", place / "mixencoder", "--store", store, *more)
 
 
@@ -59,6 +59,19 @@ def test_index_and_rank(place: Path, tmp_path: Path, dtype: str | None, toleranc
     assert all(one["score"] == pytest.approx(scores[one["id"]], abs=tolerance) for one in found["ranked"])
     if dtype == "float32":
         assert [one["id"] for one in found["ranked"]] == [one["id"] for one in exact]
+
+
+def test_a_lance_table_is_a_store(place: Path, tmp_path: Path) -> None:
+    for store in (str(tmp_path / "one.lance"), f"file://{tmp_path}/two"):
+        said = ok(*words(place, store, "--dtype", "float32", "--batch", 4))
+        assert (said["store"], said["candidates"], said["new"]) == (store, 6, 6)
+        assert said["bytes"] > 0
+        again = ok(*words(place, store))
+        assert (again["new"], again["there"]) == (0, 6)
+        found = ok("rank", QUERY, "--store", store)
+        assert [one["id"] for one in found["ranked"]] == [one["id"] for one in expected(place)]
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["one.lance", "two"]
+    fails("rank", QUERY, "--store", f"file://{tmp_path}/three", match="holds no candidate store")
 
 
 def test_what_people_see(place: Path, tmp_path: Path) -> None:

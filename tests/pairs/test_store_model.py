@@ -15,7 +15,8 @@ import pytest
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from thresher.errors import StoreError
-from thresher.pairs.store import CandidateStore, coding, segment, view, writing
+from thresher.pairs.store import CandidateStore, coding, lance, segment, view, writing
+from thresher.pairs.store.lance import LanceStore
 
 IDS = st.sampled_from([f"c{i}" for i in range(12)] + ["ä", "\x00"])
 SOME = st.lists(IDS, unique=True, max_size=6)
@@ -29,6 +30,8 @@ def weak(names: Any) -> np.ndarray:
 class Model(RuleBasedStateMachine):
     """`held` is what the writer has, `seen` what the reader saw when it last looked: by id, the vectors and the extra."""
 
+    kind: Any = CandidateStore
+
     def __init__(self) -> None:
         super().__init__()
         self.patched = pytest.MonkeyPatch()
@@ -37,6 +40,7 @@ class Model(RuleBasedStateMachine):
         self.patched.setattr(writing, "FAN", 3)
         self.patched.setattr(segment, "STEP", 16)
         self.patched.setattr(coding, "BLOCK", 2)
+        self.patched.setattr(lance, "FAN", 3)
         self.directory = Path(tempfile.mkdtemp(prefix="thresher-store-"))
         self.number = 0
         self.held: dict[str, tuple[np.ndarray, int]] = {}
@@ -48,7 +52,7 @@ class Model(RuleBasedStateMachine):
             self.patched.setattr(segment, "hashed", weak)
             self.patched.setattr(view, "hashed", weak)
         self.ragged = ragged
-        self.store = CandidateStore.create(
+        self.store = self.kind.create(
             self.directory,
             fingerprint="f",
             strategy="S",
@@ -58,7 +62,7 @@ class Model(RuleBasedStateMachine):
             ragged=ragged,
             extras={"n": ((), "int64")},
         )
-        self.reader = CandidateStore.open(self.directory)
+        self.reader = self.kind.open(self.directory)
 
     def made(self, ids: list[str]) -> dict[str, tuple[np.ndarray, int]]:
         """New content for each id, exact in every dtype (the scale of int8 is 1)."""
@@ -118,12 +122,15 @@ class Model(RuleBasedStateMachine):
     @rule()
     def compact(self) -> None:
         self.store.compact()
+        self.compacted()
+
+    def compacted(self) -> None:
         assert len(self.store._state.segments) <= 1
 
     @rule()
     def reopen(self) -> None:
         self.store.close()
-        self.store = CandidateStore.open(self.directory)
+        self.store = self.kind.open(self.directory)
 
     @rule()
     def refresh(self) -> None:
@@ -180,12 +187,21 @@ class Model(RuleBasedStateMachine):
             self.store.verify()
             self.reader.verify()
             self.store.close()
-            again = CandidateStore.open(self.directory)
+            again = self.kind.open(self.directory)
             assert again.contains(list(self.held)).all() and len(again) == len(self.held)
         finally:
             self.patched.undo()
             shutil.rmtree(self.directory)
 
 
+class LanceModel(Model):
+    kind = LanceStore
+
+    def compacted(self) -> None:
+        assert len(self.store._data.get_fragments()) <= 1
+
+
 TestModel = Model.TestCase
 TestModel.settings = hypothesis.settings(max_examples=40, stateful_step_count=40)
+TestLanceModel = LanceModel.TestCase
+TestLanceModel.settings = hypothesis.settings(max_examples=10, stateful_step_count=30, deadline=None)

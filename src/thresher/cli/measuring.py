@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -61,7 +60,7 @@ def evaluate(
         ),
     ] = None,
     store: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="Of a scorer: that corpus as thresher index kept it.", metavar="DIR", rich_help_panel=DATA),
     ] = None,
     device: Device = "auto",

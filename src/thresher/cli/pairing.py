@@ -21,10 +21,14 @@ ScorerDirectory = Annotated[
     str, typer.Option("--model", help="What a scorer was saved to.", metavar="DIR", rich_help_panel=DATA)
 ]
 StoreDirectory = Annotated[
-    Path, typer.Option("--store", help="Where the encoded candidates are.", metavar="DIR", rich_help_panel=DATA)
+    str,
+    typer.Option(
+        "--store",
+        help="Where the encoded candidates are: a directory; or a Lance table, NAME.lance or a URI as s3://bucket/name.",
+        metavar="DIR",
+        rich_help_panel=DATA,
+    ),
 ]
-
-SCORER = "scorer.txt"  # in the store: the directory of the scorer that filled it
 
 
 @command
@@ -80,7 +84,7 @@ def index(
     scorer = open_scorer(model, place)
     check_texts(rows, scorer)  # all of them, so that nothing is encoded in vain
     with _opened(scorer, store, dtype) as opened, progress("encoding", len(rows)) as done:
-        _remember(store, model)
+        opened.store.remember_origin(str(Path(model).expanduser().resolve()))
         before = len(opened)
         candidates, size = zip(names, rows["text"], strict=True), batch or BATCH
         try:
@@ -145,7 +149,7 @@ def rank(
     rows = [(str(number), name, f"{score:.4f}") for number, (name, score) in enumerate(found, start=1)]
     return Result(
         {
-            "store": str(store),
+            "store": store,
             "candidates": among,
             "ranked": [{"id": name, "score": score} for name, score in found],
         },
@@ -165,17 +169,12 @@ def open_scorer(directory: str, place: str) -> Any:
     return load(directory, device=place)
 
 
-def _opened(scorer: Any, store: Path, dtype: str | None) -> Index:
+def _opened(scorer: Any, store: str, dtype: str | None) -> Index:
     """The store that is there, or a new one."""
     from thresher.pairs.keeping import Index
-    from thresher.pairs.store import manifest
+    from thresher.pairs.store import holds_store
 
-    if not manifest.exists(store):
-        if manifest.holds_others(store):
-            raise StoreError(
-                f"{store} holds files, and none of them is a store's {manifest.MANIFEST}; give a new directory, or that of a "
-                "store."
-            )
+    if not holds_store(store):
         return Index.create(scorer, store, dtype=dtype or "float16")
     opened = Index.open(scorer, store, dtype=dtype)
     try:
@@ -187,23 +186,13 @@ def _opened(scorer: Any, store: Path, dtype: str | None) -> Index:
     return opened
 
 
-def _remember(store: Path, model: str) -> None:
-    """Keep with the store where its scorer lies, for thresher rank."""
-    new = store / f"{SCORER}.new"
-    new.write_text(str(Path(model).expanduser().resolve()), encoding="utf-8")
-    new.replace(store / SCORER)
-
-
-def _scorer_of(store: Path) -> str:
+def _scorer_of(store: str) -> str:
     """Raises StoreError where there is no store, OptionError where it does not say it, or nothing lies there any more."""
-    from thresher.pairs.store import CandidateStore
+    from thresher.pairs.store import open_store
 
-    CandidateStore.open(store).close()
-    try:
-        found = (store / SCORER).read_text(encoding="utf-8")
-    except OSError:
-        found = ""
-    if not found or not Path(found).is_dir():
+    with open_store(store) as opened:
+        found = opened.origin
+    if found is None or not Path(found).is_dir():
         lost = f"its scorer was {found}, where nothing is now" if found else "it does not say where its scorer is"
         raise OptionError(f"{store}: {lost}; give --model DIR.")
     return found
@@ -240,10 +229,10 @@ def check_texts(rows: datasets.Dataset, scorer: Any) -> None:
         check_row(text, len(scorer.tokenizer), number)
 
 
-def _indexed(opened: Index, added: Added, store: Path) -> Result:
+def _indexed(opened: Index, added: Added, store: str) -> Result:
     schema = opened.store.schema
     about = {
-        "store": str(store),
+        "store": store,
         "candidates": len(opened),
         "new": added.new,
         "there": added.there,

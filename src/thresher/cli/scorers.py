@@ -193,7 +193,7 @@ def evaluate_scorer(
     data: str,
     columns: Mapping[str, str],
     candidates: str | None,
-    store: Path | None,
+    store: str | None,
     drawn: Mapping[str, Any],
     device: str,
     refused: Mapping[str, object],

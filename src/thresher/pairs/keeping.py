@@ -8,18 +8,22 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from thresher.errors import DataError, OptionError, StoreError
+from thresher.pairs import store as stores
 from thresher.pairs.cache import Block, check_count, check_ids
 from thresher.pairs.scorer import NO_NUMBER, TOKENS, Scorer
-from thresher.pairs.store import Candidates, CandidateStore
+from thresher.pairs.store import Candidates
 from thresher.pairs.store.schema import VECTORS
 from thresher.pairs.texts import Text
+
+if TYPE_CHECKING:
+    from thresher.pairs.store.places import Store
 
 BATCH = 2048  # candidates encoded and committed at a time: what an interruption loses at most
 CUT = "longer than the limit"
@@ -48,20 +52,21 @@ class Index:
     What is kept is what `Scorer.encode_candidates` gives in the storage of the same name, and it is scored the same.
     """
 
-    def __init__(self, scorer: Scorer[Any], store: CandidateStore) -> None:
+    def __init__(self, scorer: Scorer[Any], store: Store) -> None:
         """store: made for this scorer, which is not checked here."""
         self.scorer = scorer
         self.store = store
 
     @classmethod
     def create(cls, scorer: Scorer[Any], directory: str | Path, *, dtype: str = "float16") -> Index:
-        """An empty store in `directory`, stamped with the scorer's fingerprint and signature.
+        """An empty store in `directory`, stamped with the scorer's fingerprint and signature: files there; or, for a URI
+        (s3://bucket/store) and for a name that ends with .lance, a Lance table, which needs the extra `lance`.
 
         dtype: float32, float16 or int8. Raises StoreError as `CandidateStore.create` does; OptionError for a cross-encoder, of
         whose candidates nothing is computed beforehand.
         """
         k, dim, ragged = _shape(scorer)
-        store = CandidateStore.create(
+        store = stores.create(
             directory,
             fingerprint=scorer.fingerprint(),
             strategy=scorer.signature,
@@ -79,7 +84,7 @@ class Index:
         it keeps another dtype than the one that is given."""
         if scorer.config.lexical:
             _check_terms(directory)
-        store = CandidateStore.open(directory, scorer.fingerprint(), strategy=scorer.signature, dtype=dtype)
+        store = stores.open_store(directory, scorer.fingerprint(), strategy=scorer.signature, dtype=dtype)
         return cls(scorer, store)
 
     def close(self) -> None:
@@ -210,7 +215,7 @@ def _shape(scorer: Scorer[Any]) -> tuple[int, int, bool]:
 
 def _check_terms(directory: str | Path) -> None:
     """Raises StoreError for a store that keeps no terms."""
-    with CandidateStore.open(directory) as store:
+    with stores.open_store(directory) as store:
         if not any(field.name == TERMS for field in store.schema.extras):
             raise StoreError(
                 f"{directory} was built without the terms that this scorer compares (lexical); index the candidates again "

@@ -1,6 +1,7 @@
 """The candidate store: what an encoder made of each candidate, on disk, by id. Needs numpy and the standard library only.
 
-A directory holds
+`open_store` and `create` take a place and give the kind of store that it has: a Lance table on object storage (see
+`thresher.pairs.store.lance`, which needs an extra), else the embedded store. Its directory holds
 
     manifest.jsonl      the last committed state: what a candidate is made of, and in which files they are (and a checksum)
     segment-N.seg       candidates, never changed once written: a sorted index of ids, the ids, the vectors, the extra arrays
@@ -14,6 +15,7 @@ once, which takes nothing away from readers that still map it (POSIX), so keep a
 """
 
 from thresher.pairs.store.candidates import CandidateStore
+from thresher.pairs.store.places import create, holds_store, open_store
 from thresher.pairs.store.view import Candidates
 
-__all__ = ["CandidateStore", "Candidates"]
+__all__ = ["CandidateStore", "Candidates", "create", "holds_store", "open_store"]

@@ -21,6 +21,7 @@ from thresher.pairs.store.schema import Schema, extra_fields
 from thresher.pairs.store.view import Candidates, View, load
 
 IDS_AT_ONCE = 4096
+ORIGIN = "scorer.txt"
 
 
 class CandidateStore:
@@ -100,13 +101,7 @@ class CandidateStore:
         """
         view = load(Path(directory), {})
         expected = {"fingerprint": fingerprint, "strategy": strategy, "k": k, "dim": dim, "dtype": dtype}
-        names = view.schema.differences(expected)
-        if names:
-            has = ", ".join(f"{name} {getattr(view.schema, name)!r}" for name in names)
-            needed = ", ".join(f"{name} {expected[name]!r}" for name in names)
-            raise StoreError(
-                f"{view.directory} was made with {has}, not {needed}; index the candidates again, or use what it was made with."
-            )
+        view.schema.require(view.directory, expected)
         return cls(view)
 
     def close(self) -> None:
@@ -151,6 +146,21 @@ class CandidateStore:
         return self._state.schema
 
     @property
+    def origin(self) -> str | None:
+        """Where the scorer lies that filled it, as `remember_origin` was told."""
+        with contextlib.suppress(OSError):
+            return (self.directory / ORIGIN).read_text(encoding="utf-8") or None
+        return None
+
+    def remember_origin(self, origin: str) -> None:
+        new = self.directory / f"{ORIGIN}.new"
+        try:
+            new.write_text(origin, encoding="utf-8")
+            new.replace(self.directory / ORIGIN)
+        except OSError as error:
+            raise StoreError(f"Could not write {self.directory / ORIGIN}: {error.strerror or error}.") from error
+
+    @property
     def nbytes(self) -> int:
         """The bytes of its files, dead rows included."""
         return sum(entry.size for entry in self._state.manifest.files)
@@ -164,9 +174,7 @@ class CandidateStore:
     def __repr__(self) -> str:
         if self._view is None:
             return f"CandidateStore({str(self.directory)!r}, closed)"
-        s = self.schema
-        shape = f"[{'<=' if s.ragged else ''}{s.k}, {s.dim}]"
-        return f"CandidateStore({str(self.directory)!r}, {len(self)} candidates of {shape} {s.dtype})"
+        return f"CandidateStore({str(self.directory)!r}, {len(self)} candidates of {self.schema.shown})"
 
     def verify(self) -> None:
         """Read every byte and compare the checksums. Raises StoreError with the name of the file that is damaged."""

@@ -83,9 +83,20 @@ class Schema:
         """Raises StoreError, KeyError or TypeError."""
         return cls(**{**values, "extras": extra_fields(values["extras"])})
 
-    def differences(self, expected: Mapping[str, Any]) -> list[str]:
-        """The names of `expected` that are not None and not what this store has."""
-        return [name for name, value in expected.items() if value is not None and getattr(self, name) != value]
+    @property
+    def shown(self) -> str:
+        """A candidate's shape and dtype, for people."""
+        return f"[{'<=' if self.ragged else ''}{self.k}, {self.dim}] {self.dtype}"
+
+    def require(self, place: Any, expected: Mapping[str, Any]) -> None:
+        """Raises StoreError where what is `expected` and not None is not what the store at `place` has."""
+        names = [name for name, value in expected.items() if value is not None and getattr(self, name) != value]
+        if names:
+            has = ", ".join(f"{name} {getattr(self, name)!r}" for name in names)
+            needed = ", ".join(f"{name} {expected[name]!r}" for name in names)
+            raise StoreError(
+                f"{place} was made with {has}, not {needed}; index the candidates again, or use what it was made with."
+            )
 
 
 def extra_fields(extras: Mapping[str, tuple[Any, str]] | None) -> tuple[Field, ...]:
