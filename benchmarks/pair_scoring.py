@@ -3,17 +3,14 @@
     python benchmarks/pair_scoring.py train ubuntu_irc --data-dir DIR --out RUNS/pairs --passes 20000
     python benchmarks/pair_scoring.py order ubuntu_irc --out RUNS/pairs --passes 20000
     python benchmarks/pair_scoring.py speed ubuntu_irc --data-dir DIR --out RUNS/pairs
-    python benchmarks/pair_scoring.py k ubuntu_irc --data-dir DIR --out RUNS/pairs
-    python benchmarks/pair_scoring.py layers ubuntu_irc --data-dir DIR --out RUNS/pairs
     python benchmarks/pair_scoring.py scaling --out RUNS/pairs
 
 train: every scorer from the same encoder with --passes queries, then R@k, MRR and MAP; a scorer that lies in OUT already is
 only evaluated. Of reqa_squad 1,000 queries are ranked against the whole corpus. order: from what train recorded, whether
-the scorers stand in the paper's order. speed: one query and 1,000 cached candidates,
-in rounds in which every scorer takes its turn, against the cross-encoder padded and packed; FLOPs and the bytes of a store
-beside it. k and layers: the same of MixEncoder by vectors of a candidate and by interaction layers, and with --passes what
-each learns. scaling: 10^3 to 10^6 candidates of random vectors on disk. --limit tries things on so few rows, and records
-nothing.
+the scorers stand in the paper's order. speed: one query and 1,000 cached candidates, in rounds in which every scorer takes its
+turn, against the cross-encoder padded and packed; FLOPs and the bytes of a store beside it; pair_forms.py has the same of
+MixEncoder's forms. scaling: 10^3 to 10^6 candidates of random vectors on disk. --limit tries things on so few rows, and
+records nothing.
 """
 
 from __future__ import annotations
@@ -50,6 +47,7 @@ SHARP = PairLoss(temperature=0.05)
 MOUNT = 1_000  # candidates, as in the paper's tables 2, 4 and 6
 OF_CORPUS = 1_000  # queries that are ranked against a whole corpus
 FASTER = {"packed": ">= 50", "padded": ">= 100"}  # than the cross-encoder, on a corpus
+FASTER_THAN = "1 query, 1,000 candidates: times faster than the cross-encoder without padding"
 PAIRWISE = ("deformer", "cross")  # read every pair anew: ten million of them for a corpus
 
 
@@ -88,18 +86,22 @@ WAYS = {
 def main() -> None:
     args = _parser().parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    {"train": train_all, "order": order, "speed": speed, "k": by_k, "layers": by_layers, "scaling": scaling}[args.what](
-        args
-    )
+    {"train": train_all, "order": order, "speed": speed, "scaling": scaling}[args.what](args)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "order", "speed", "k", "layers", "scaling"])
+    parser = options(__doc__, ["train", "order", "speed", "scaling"])
+    parser.add_argument("--scorers", nargs="+", choices=sorted(WAYS), default=list(WAYS))
+    parser.add_argument("--largest", type=int, default=10**6, help="of scaling")
+    return parser
+
+
+def options(description: str | None, parts: list[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=parts)
     parser.add_argument("name", nargs="?", choices=sorted(LENGTHS), default="ubuntu_irc")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--scorers", nargs="+", choices=sorted(WAYS), default=list(WAYS))
     parser.add_argument(
         "--passes", type=int, default=0, help="queries each scorer learns from; 0: it stays as it begins"
     )
@@ -108,7 +110,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--hard", type=int, default=1, help="wrong candidates of its own that a query brings")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--largest", type=int, default=10**6, help="of scaling")
     parser.add_argument("--limit", type=int, help="at most so many rows of any split; records nothing")
     return parser
 
@@ -121,10 +122,10 @@ def train_all(args: argparse.Namespace) -> None:
         if args.name == CORPUS and name in PAIRWISE:
             print(f"{name} reads every pair of {CORPUS} anew, which takes days; left out", flush=True)
             continue
-        _learned(args, name, WAYS[name])
+        learned(args, name, WAYS[name])
 
 
-def _learned(args: argparse.Namespace, name: str, way: Way) -> dict[str, float]:
+def learned(args: argparse.Namespace, name: str, way: Way, file: str = "pair_quality") -> dict[str, float]:
     """Train `way` (or load what was trained), evaluate it, and record its quality."""
     place = _place(args, name)
     if (place / "scorer.json").is_file():
@@ -139,13 +140,13 @@ def _learned(args: argparse.Namespace, name: str, way: Way) -> dict[str, float]:
     if not args.limit:
         shown = {k: round(100 * v, 2) for k, v in found.metrics.items() if k not in ("MRR", "P@1")}
         record(
-            "pair_quality",
+            file,
             _learned_id(args, name),
             f"MRR, {name}",
             100 * found.metrics["MRR"],
             "%",
             spread=shown,
-            cell=("MRR (recall among the candidates, MAP), %", name, args.name) if name in WAYS else None,
+            cell=("MRR (recall among the candidates, MAP), %", name, args.name),
             data=args.name,
             split=EVALUATED[args.name],
             examples=found.queries,
@@ -232,7 +233,7 @@ def _rows(args: argparse.Namespace, split: str, *, every: bool = False) -> datas
 def speed(args: argparse.Namespace) -> None:
     """Scorers as --passes left them in OUT, else as they begin: the time is the same."""
     made = {name: _at_hand(args, name) for name in args.scorers}
-    _measured(args, made, "speed")
+    measured(args, made, "speed")
 
 
 def _at_hand(args: argparse.Namespace, name: str) -> Any:
@@ -240,7 +241,7 @@ def _at_hand(args: argparse.Namespace, name: str) -> Any:
     return load(place) if (place / "scorer.json").is_file() else WAYS[name].make(args.name)
 
 
-def _measured(args: argparse.Namespace, made: dict[str, Any], what: str) -> None:
+def measured(args: argparse.Namespace, made: dict[str, Any], what: str) -> None:
     """Time, FLOPs and store of scorers, each against the cross-encoder padded and packed, in the same rounds."""
     query, texts = _mount(args)
     cross = made.get("cross") or WAYS["cross"].make(args.name)
@@ -270,9 +271,8 @@ def _measured(args: argparse.Namespace, made: dict[str, Any], what: str) -> None
         if not args.limit:
             about = {"data": args.name, "split": EVALUATED[args.name], "examples": len(texts), "seeds": [args.seed]}
             note = f"1 query, {len(texts)} candidates encoded beforehand; {torch.get_num_threads()} threads"
-            heading = "1 query, 1,000 candidates: times faster than the cross-encoder without padding"
             record(
-                "pair_speed",
+                "pair_speed" if what == "speed" else "pair_forms_speed",
                 f"pairs-{what}-{args.name}-{name}",
                 f"{name} over the cross-encoder without padding",
                 over["packed"].median,
@@ -287,7 +287,8 @@ def _measured(args: argparse.Namespace, made: dict[str, Any], what: str) -> None
                     "fewer FLOPs": round(reference / spent, 1),
                     "store bytes": kept,
                 },
-                cell=(heading, name, args.name),
+                cell=(FASTER_THAN, name, args.name),
+                shown=("ms", "over padded", "store bytes"),
                 note=note,
                 **about,
             )
@@ -323,29 +324,6 @@ def _bytes(scorer: Any, texts: list[str]) -> int:
     with tempfile.TemporaryDirectory() as place, Index.create(scorer, place, dtype="float16") as index:
         index.add([(str(i), text) for i, text in enumerate(texts)])
         return index.store.nbytes
-
-
-def by_k(args: argparse.Namespace) -> None:
-    """Table 4: k vectors of a candidate, the last layer."""
-    ways = {f"k{k}": Way("mixencoder", {"k": k, **STARTED}) for k in (1, 2, 3, 4, 10)}
-    _varied(args, ways, "k")
-
-
-def by_layers(args: argparse.Namespace) -> None:
-    """Figure 3a and table 7: interaction at the last 1, 2, ... layers."""
-    last = WAYS["dual"].make(args.name).encoder.config.num_hidden_layers
-    ways = {
-        f"layers{count}": Way("mixencoder", {"layers": tuple(range(-count, 0)), **STARTED})
-        for count in range(1, last + 1)
-    }
-    _varied(args, ways, "layers")
-
-
-def _varied(args: argparse.Namespace, ways: dict[str, Way], what: str) -> None:
-    _measured(args, {name: way.make(args.name) for name, way in ways.items()}, what)
-    if args.passes:
-        for name, way in ways.items():
-            _learned(args, name, way)
 
 
 def scaling(args: argparse.Namespace) -> None:

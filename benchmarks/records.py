@@ -59,11 +59,12 @@ def record(
     seeds: list[int] | None = None,
     note: str = "",
     cell: tuple[str, str, str] | None = None,
+    shown: tuple[str, ...] | None = None,
 ) -> dict[str, Any]:
     """Write one record (replacing an older one of the same id) and return it. target: e.g. ">= 2.5".
 
     cell: heading, row and column of a table in which the documents show it, with the "flops_speedup" of its spread or, where
-        there is none, all of the spread.
+        there is none, what `shown` names of it, or all.
     """
     entry = {
         "id": id,
@@ -83,6 +84,7 @@ def record(
         "date": date.today().isoformat(),
         "note": note,
         **({"cell": cell} if cell else {}),
+        **({"shown": shown} if shown else {}),
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{file}.json"
@@ -156,7 +158,8 @@ def _grid(heading: str, entries: list[dict[str, Any]]) -> str:
         error = entry["spread"].get("standard_error")
         spread = entry["spread"]
         ratio = spread.get("flops_speedup")
-        beside = ", ".join(f"{k} {v}" for k, v in spread.items()) if ratio is None else f"{ratio:.2f}x"
+        names = entry.get("shown", spread)
+        beside = ", ".join(f"{name} {spread[name]}" for name in names) if ratio is None else f"{ratio:.2f}x"
         return f"{entry['value']:.2f}{f' ± {error}' if error else ''} ({beside})"
 
     lines = [f"| {heading} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
