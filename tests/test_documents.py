@@ -55,7 +55,8 @@ def test_every_record_is_whole(records: ModuleType) -> None:
     entries = records.all_entries()
     assert entries
     for entry in entries.values():
-        assert set(entry) - {"cell"} == fields
+        assert set(entry) - {"cell", "shown"} == fields
+        assert set(entry.get("shown", ())) <= set(entry["spread"] or ())
         assert len(entry.get("cell", "abc")) == 3
         script = ROOT / entry["command"].split()[1]
         assert script.is_file(), f"{entry['id']} names a script that is not there"
