@@ -6,7 +6,6 @@ import contextlib
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,8 @@ import numpy as np
 from thresher.errors import StoreError
 from thresher.pairs.store import manifest as manifests
 from thresher.pairs.store import writing
-from thresher.pairs.store.coding import Array, encode, listed, refuse
+from thresher.pairs.store.base import BaseStore, another_kind, check_size, closed_handle, refuse_present
+from thresher.pairs.store.coding import Array, encode, listed
 from thresher.pairs.store.files import Lock
 from thresher.pairs.store.manifest import Manifest
 from thresher.pairs.store.schema import Schema, extra_fields
@@ -24,7 +24,7 @@ IDS_AT_ONCE = 4096
 ORIGIN = "scorer.txt"
 
 
-class CandidateStore:
+class CandidateStore(BaseStore):
     """Candidates on disk, by id: vectors [k, dim] and extra arrays of each. Made by `create` or `open`.
 
     One writer, many readers, in any number of processes and threads. A handle sees the state that was committed when it was
@@ -111,12 +111,6 @@ class CandidateStore:
             if self._lock is not None:
                 self._lock.release()
 
-    def __enter__(self) -> CandidateStore:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process: a reader of the state that is the last one there."""
         return CandidateStore.open, (self.directory, self.schema.fingerprint)
@@ -127,7 +121,7 @@ class CandidateStore:
             before = self._state
             after = load(self.directory, before.maps)
             if after.schema != before.schema:
-                raise StoreError(f"{self.directory} was replaced by a store of another kind; open it again.")
+                raise another_kind(self.directory)
             self._view = after
             return after.manifest != before.manifest
 
@@ -135,7 +129,7 @@ class CandidateStore:
     def _state(self) -> View:
         view = self._view
         if view is None:
-            raise StoreError(f"This handle of {self.directory} was closed; open the store again.")
+            raise closed_handle(self.directory)
         return view
 
     # What it is.
@@ -144,6 +138,10 @@ class CandidateStore:
     def schema(self) -> Schema:
         """What it was created with: fingerprint, strategy, k, dim, dtype, ragged, extras."""
         return self._state.schema
+
+    @property
+    def closed(self) -> bool:
+        return self._view is None
 
     @property
     def origin(self) -> str | None:
@@ -168,14 +166,6 @@ class CandidateStore:
     def __len__(self) -> int:
         return self._state.manifest.count
 
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name != "" and bool(self.contains([name])[0])
-
-    def __repr__(self) -> str:
-        if self._view is None:
-            return f"CandidateStore({str(self.directory)!r}, closed)"
-        return f"CandidateStore({str(self.directory)!r}, {len(self)} candidates of {self.schema.shown})"
-
     def verify(self) -> None:
         """Read every byte and compare the checksums. Raises StoreError with the name of the file that is damaged."""
         self._state.verify()
@@ -186,17 +176,6 @@ class CandidateStore:
         """Which ids are here: [N] bool."""
         _, encoded = listed(ids, unique=False)
         return np.asarray(self._state.locate(encoded)[0] >= 0)
-
-    def get(self, ids: Iterable[str], *, stored: bool = False) -> Array:
-        """The vectors of N ids, in their order: [N, k, dim] float32, or in the store's dtype.
-
-        Raises StoreError: an unknown id, or a ragged store, whose vectors `read` gives with their lengths.
-        """
-        if self.schema.ragged:
-            raise StoreError(
-                f"{self.directory} keeps a number of vectors of its own for each id; use read, which tells it."
-            )
-        return self.read(ids, stored=stored).vectors
 
     def read(self, ids: Iterable[str], *, stored: bool = False) -> Candidates:
         """All that is kept of N ids, in their order; floats as float32, or as stored. Raises StoreError: an unknown id."""
@@ -216,8 +195,7 @@ class CandidateStore:
         handle sees now, even if it changes before the last one, in an order that lasts until the store is changed.
         Raises StoreError, before the first chunk: an unknown id, or a size below 1.
         """
-        if not isinstance(size, int) or size < 1:
-            raise StoreError(f"The size of a chunk must be a whole number of at least 1, not {size!r}.")
+        check_size(size)
         view = self._state
         if ids is None:
             return view.chunks(size, stored)
@@ -241,9 +219,7 @@ class CandidateStore:
         columns = encode(self.schema, names, vectors, lengths, extras)
         with self._writing() as view:
             there = np.flatnonzero(view.locate(encoded)[0] >= 0).tolist()
-            if there:
-                plural = "is" if len(there) == 1 else "are"
-                raise refuse([names[i] for i in there], f"{plural} in {self.directory} already; use update to replace.")
+            refuse_present([names[i] for i in there], self.directory)
             if names:
                 self._view = writing.change(view, encoded, columns, {})
         self._tidy()

@@ -50,6 +50,13 @@ def refuse(names: Sequence[str], what: str) -> StoreError:
     return StoreError(f"{_some(names)} {what}")
 
 
+def refuse_absent(names: Sequence[str], place: Any) -> None:
+    """Raises StoreError for ids that are not in the store at `place`."""
+    if names:
+        are = "is" if len(names) == 1 else "are"
+        raise refuse(names, f"{are} not in {place}; add them first, or leave them out.")
+
+
 def _some(names: Sequence[str]) -> str:
     shown = ", ".join(repr(name) for name in names[:3])
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -183,4 +190,4 @@ def decode(field: Field, data: Array, scales: Array | None) -> Array:
     return floats
 
 
-__all__ = ["Array", "decode", "encode", "hashed", "listed", "offsets_of", "refuse", "spread"]
+__all__ = ["Array", "decode", "encode", "hashed", "listed", "offsets_of", "refuse", "refuse_absent", "spread"]

@@ -28,6 +28,13 @@ class FileEntry:
     crc: int
 
 
+class NoStoreError(StoreError):
+    """Nothing at this place is a store's."""
+
+    def __init__(self, place: object) -> None:
+        super().__init__(f"{place} holds no candidate store; give the place of one, or create it.")
+
+
 class MissingFileError(StoreError):
     """A file that the manifest names is not there: lost, or replaced since the manifest was read."""
 

@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import lance
@@ -23,7 +22,9 @@ import pyarrow as pa
 from thresher.errors import StoreError
 from thresher.pairs.store import arrow
 from thresher.pairs.store.arrow import ID
-from thresher.pairs.store.coding import Array, encode, listed, refuse
+from thresher.pairs.store.base import BaseStore, another_kind, check_size, closed_handle, refuse_present
+from thresher.pairs.store.coding import Array, encode, listed, refuse_absent
+from thresher.pairs.store.files import NoStoreError
 from thresher.pairs.store.schema import Schema, extra_fields
 from thresher.pairs.store.view import Candidates
 
@@ -39,7 +40,7 @@ SHOWN = 300  # characters of what Lance says
 KEPT = timedelta(days=1)  # old versions stay so long for who still reads them
 
 
-class LanceStore:
+class LanceStore(BaseStore):
     """Candidates in a Lance table, by id. Made by `create` or `open`; used like `CandidateStore`, whose methods these are.
 
     A handle sees the version that was the last one when it was opened, and a newer one after `refresh` or a change of its own.
@@ -50,7 +51,7 @@ class LanceStore:
     def __init__(self, data: lance.LanceDataset) -> None:
         """data: that of a store, which `open` checks."""
         self.directory = str(data.uri)
-        self.schema = _schema_of(data)
+        self._schema = _schema_of(data)
         self._kept: lance.LanceDataset | None = data
 
     @classmethod
@@ -105,12 +106,6 @@ class LanceStore:
         """Let go of the table. Arrays that were read stay good."""
         self._kept = None
 
-    def __enter__(self) -> LanceStore:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process, on another machine: a handle of the state that is the last one there."""
         return LanceStore.open, (self.directory, self.schema.fingerprint)
@@ -121,7 +116,7 @@ class LanceStore:
         with _told(self.directory, "read"):
             after = lance.dataset(self.directory)
         if _schema_of(after) != self.schema:
-            raise StoreError(f"{self.directory} was replaced by a store of another kind; open it again.")
+            raise another_kind(self.directory)
         self._kept = after
         return bool(after.version != before)
 
@@ -132,10 +127,18 @@ class LanceStore:
     @property
     def _data(self) -> lance.LanceDataset:
         if self._kept is None:
-            raise StoreError(f"This handle of {self.directory} was closed; open the store again.")
+            raise closed_handle(self.directory)
         return self._kept
 
     # What it is.
+
+    @property
+    def schema(self) -> Schema:
+        return self._schema
+
+    @property
+    def closed(self) -> bool:
+        return self._kept is None
 
     @property
     def origin(self) -> str | None:
@@ -159,14 +162,6 @@ class LanceStore:
         with _told(self.directory, "read"):
             return int(self._data.count_rows())
 
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name != "" and bool(self.contains([name])[0])
-
-    def __repr__(self) -> str:
-        if self._kept is None:
-            return f"LanceStore({self.directory!r}, closed)"
-        return f"LanceStore({self.directory!r}, {len(self)} candidates of {self.schema.shown})"
-
     def verify(self) -> None:
         """Read every candidate and compare its checksum. Raises StoreError with the id of one that is damaged."""
         for found in self._scan(self._data, IDS_AT_ONCE):
@@ -186,14 +181,6 @@ class LanceStore:
         there = {name for found in self._find(self._data, names, [ID]) for name in found.column(ID).to_pylist()}
         return np.array([name in there for name in names], bool)
 
-    def get(self, ids: Iterable[str], *, stored: bool = False) -> Array:
-        """As `CandidateStore.get`: the vectors of N ids, in their order, [N, k, dim] float32 or as stored."""
-        if self.schema.ragged:
-            raise StoreError(
-                f"{self.directory} keeps a number of vectors of its own for each id; use read, which tells it."
-            )
-        return self.read(ids, stored=stored).vectors
-
     def read(self, ids: Iterable[str], *, stored: bool = False) -> Candidates:
         """All that is kept of N ids, in their order; floats as float32, or as stored. Raises StoreError: an unknown id."""
         return self._read(self._data, listed(ids, unique=False)[0], stored)
@@ -207,8 +194,7 @@ class LanceStore:
 
         Raises StoreError, before the first chunk: an unknown id, or a size below 1.
         """
-        if not isinstance(size, int) or size < 1:
-            raise StoreError(f"The size of a chunk must be a whole number of at least 1, not {size!r}.")
+        check_size(size)
         data = self._data
         if ids is None:
             return (arrow.candidates(self.schema, found, stored) for found in self._scan(data, size))
@@ -242,7 +228,7 @@ class LanceStore:
         wanted = data.schema if names else data.schema.empty_table()
         found = pa.Table.from_batches(self._find(data, names), data.schema) if names else wanted
         place = {name: number for number, name in enumerate(found.column(ID).to_pylist())}
-        self._refuse_absent([name for name in names if name not in place])
+        refuse_absent([name for name in names if name not in place], self.directory)
         rows = found.take(pa.array([place[name] for name in names], pa.int64())).combine_chunks()
         batch = rows.to_batches()[0] if names else pa.RecordBatch.from_pylist([], rows.schema)
         with _told(self.directory, "read"):
@@ -250,12 +236,7 @@ class LanceStore:
 
     def _known(self, names: Sequence[str]) -> None:
         """Raises StoreError for ids that are not here."""
-        self._refuse_absent([name for name, there in zip(names, self.contains(names), strict=True) if not there])
-
-    def _refuse_absent(self, names: Sequence[str]) -> None:
-        if names:
-            are = "is" if len(names) == 1 else "are"
-            raise refuse(names, f"{are} not in {self.directory}; add them first, or leave them out.")
+        refuse_absent([n for n, there in zip(names, self.contains(names), strict=True) if not there], self.directory)
 
     # Changing.
 
@@ -267,10 +248,7 @@ class LanceStore:
         rows = arrow.table(self.schema, names, encode(self.schema, names, vectors, lengths, extras), FORMAT)
 
         def change(data: lance.LanceDataset) -> None:
-            there = [name for name, known in zip(names, self.contains(names), strict=True) if known]
-            if there:
-                are = "is" if len(there) == 1 else "are"
-                raise refuse(there, f"{are} in {self.directory} already; use update to replace.")
+            refuse_present([n for n, there in zip(names, self.contains(names), strict=True) if there], self.directory)
             merge = data.merge_insert(ID).when_matched_fail().when_not_matched_insert_all()
             merge.conflict_retries(0).execute(rows)
 
@@ -373,7 +351,7 @@ def _told(place: str, what: str) -> Iterator[None]:
         if CONFLICT in said:
             raise _Conflict(said) from error
         if what != "create" and "was not found" in said and "_versions" in said:
-            raise StoreError(f"{place} holds no candidate store; give the place of one, or create it.") from error
+            raise NoStoreError(place) from error
         if "already exists" in said:
             raise StoreError(f"{place} holds a table already; open it, or remove it first.") from error
         raise StoreError(f"Could not {what} {place}: {said}.") from error

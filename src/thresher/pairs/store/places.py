@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from thresher.errors import StoreError
 from thresher.pairs.store import manifest
 from thresher.pairs.store.candidates import CandidateStore
+from thresher.pairs.store.files import NoStoreError
 
 if TYPE_CHECKING:
     from thresher.pairs.store.lance import LanceStore
@@ -37,10 +38,8 @@ def holds_store(place: str | Path) -> bool:
         kind = _kind(place)
         try:
             kind.open(place).close()
-        except StoreError as error:
-            if "holds no candidate store" in str(error):
-                return False
-            raise
+        except NoStoreError:
+            return False
         return True
     directory = Path(place)
     if manifest.exists(directory):

@@ -12,7 +12,7 @@ from typing import Any, overload
 import numpy as np
 
 from thresher.pairs.store import manifest as manifests
-from thresher.pairs.store.coding import Array, decode, hashed, offsets_of, refuse, spread
+from thresher.pairs.store.coding import Array, decode, hashed, offsets_of, refuse_absent, spread
 from thresher.pairs.store.files import FileEntry, MissingFileError, checked, damaged, mapped
 from thresher.pairs.store.manifest import Manifest
 from thresher.pairs.store.schema import VECTORS, Field, Schema
@@ -131,12 +131,7 @@ class View:
     def located(self, ids: Sequence[str], names: Sequence[bytes]) -> tuple[Array, Array]:
         """Like `locate`, for ids that must be there. Raises StoreError."""
         which, rows = self.locate(names)
-        if (which < 0).any():
-            absent = [ids[i] for i in np.flatnonzero(which < 0).tolist()]
-            raise refuse(
-                absent,
-                f"{'is' if len(absent) == 1 else 'are'} not in {self.directory}; add them first, or leave them out.",
-            )
+        refuse_absent([ids[i] for i in np.flatnonzero(which < 0).tolist()], self.directory)
         return which, rows
 
     def read(self, ids: Sequence[str], which: Array, rows: Array, stored: bool) -> Candidates:
