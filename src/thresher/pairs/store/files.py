@@ -29,14 +29,15 @@ class FileEntry:
 
 
 class NoStoreError(StoreError):
-    """Nothing at this place is a store's."""
-
-    def __init__(self, place: object) -> None:
-        super().__init__(f"{place} holds no candidate store; give the place of one, or create it.")
+    """Nothing at a place is a store's."""
 
 
 class MissingFileError(StoreError):
     """A file that the manifest names is not there: lost, or replaced since the manifest was read."""
+
+
+def no_store(place: object) -> NoStoreError:
+    return NoStoreError(f"{place} holds no candidate store; give the place of one, or create it.")
 
 
 def damaged(path: Path, reason: str) -> StoreError:

@@ -24,7 +24,7 @@ from thresher.pairs.store import arrow
 from thresher.pairs.store.arrow import ID
 from thresher.pairs.store.base import BaseStore, another_kind, check_size, closed_handle, refuse_present
 from thresher.pairs.store.coding import Array, encode, listed, refuse_absent
-from thresher.pairs.store.files import NoStoreError
+from thresher.pairs.store.files import no_store
 from thresher.pairs.store.schema import Schema, extra_fields
 from thresher.pairs.store.view import Candidates
 
@@ -351,7 +351,7 @@ def _told(place: str, what: str) -> Iterator[None]:
         if CONFLICT in said:
             raise _Conflict(said) from error
         if what != "create" and "was not found" in said and "_versions" in said:
-            raise NoStoreError(place) from error
+            raise no_store(place) from error
         if "already exists" in said:
             raise StoreError(f"{place} holds a table already; open it, or remove it first.") from error
         raise StoreError(f"Could not {what} {place}: {said}.") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from thresher.errors import StoreError
-from thresher.pairs.store.files import LOCK, TEMPORARY, FileEntry, NoStoreError, damaged, remove, sync, write_file
+from thresher.pairs.store.files import LOCK, TEMPORARY, FileEntry, damaged, no_store, remove, sync, write_file
 from thresher.pairs.store.schema import Schema
 
 FORMAT = 1
@@ -74,7 +74,7 @@ def read(directory: Path) -> Manifest:
     try:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise NoStoreError(directory) from error
+        raise no_store(directory) from error
     except OSError as error:
         raise StoreError(f"Could not read {path}: {error.strerror or error}.") from error
     first, newline, second = content.partition(b"\n")
