@@ -20,7 +20,8 @@ LONGEST = 400
 FLOORS = [
     ["errors", "timing", "memory"],
     ["settings", "foreign", "stamped"],
-    ["packed", "tasks", "report", "targets", "measure.layer", "pairs.store"],
+    ["targets"],
+    ["packed", "tasks", "report", "measure.layer", "pairs.store"],
     ["exported.directory", "proposals"],
     ["exported.sessions"],
     ["exported.runner"],

@@ -21,7 +21,7 @@ from thresher.methods.adapler import CONTRIBUTIONS, PLACES, AdapLeRPolicy
 from thresher.model import attachment_of, detach, evaluating, find_encoder, is_attached
 from thresher.policy import tracing
 from thresher.settings import is_whole
-from thresher.targets import IGNORED, check_labels
+from thresher.targets import IGNORED, LABELS, check_labels
 from thresher.tasks.given import as_rows
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 Method = Literal["gradient-x-input", "integrated-gradients", "attention", "contribution"]
 Inputs = dict[str, Tensor]
 Measure = Callable[[Any, Inputs, Inputs], Tensor]  # model, inputs and labels of a batch → [B, N], none negative
-LABELS = ("labels", "start_positions", "end_positions")
 
 
 def saliency(

@@ -11,7 +11,8 @@ import numpy as np
 from thresher.errors import DataError
 from thresher.settings import is_number, is_whole
 
-IGNORED = -100  # the label of a token that is not scored
+IGNORED = -100  # the label of a token that is not scored; what losses pass over
+LABELS = ("labels", "start_positions", "end_positions")  # the columns that may hold them
 ENDS = ("start_positions", "end_positions")
 SEVERAL = "multi_label_classification"
 
@@ -84,4 +85,4 @@ def _finite(value: Any) -> bool:
     return is_number(value) and math.isfinite(value)
 
 
-__all__ = ["IGNORED", "check_labels"]
+__all__ = ["IGNORED", "LABELS", "check_labels"]

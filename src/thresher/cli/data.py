@@ -153,12 +153,12 @@ def refuse_one_answer(rows: datasets.Dataset, kind: str, source: str) -> None:
     """Raises DataError when the labels of encoded rows, classes, values or tags, are all the same."""
     if kind not in ("classification", "regression", "tagging") or "labels" not in rows.column_names:
         return
-    from thresher.tasks.tagging import NO_LABEL
+    from thresher.targets import IGNORED
 
     labels = rows["labels"][:]
     if isinstance(labels[0], list):
         labels = (
-            [label for row in labels for label in row if label != NO_LABEL] if kind == "tagging" else map(tuple, labels)
+            [label for row in labels for label in row if label != IGNORED] if kind == "tagging" else map(tuple, labels)
         )
     if len(set(labels)) < 2:
         what, more = {

@@ -274,7 +274,7 @@ def _lessons(kind: str, new_head: bool, fine_tune: bool | None, no_labels: bool,
 
 def _without_labels(encoded: EncodedRows) -> EncodedRows:
     """Rows that a method which would like labels finds none in."""
-    from thresher.training.learner import LABELS
+    from thresher.targets import LABELS
 
     return replace(encoded, rows=encoded.rows.remove_columns([n for n in LABELS if n in encoded.rows.column_names]))
 

@@ -15,6 +15,7 @@ from thresher.measure.run import run
 from thresher.methods import CONFIGS
 from thresher.model import attach, attachment_of, find_encoder
 from thresher.policy import PolicyConfig, Stage
+from thresher.targets import LABELS
 from thresher.training.learner import Learner
 from thresher.training.plan import stages_of
 from thresher.training.salient import COLUMN as SALIENCY
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 TRAINED_ON = "trained-on"  # the control that drops nothing: what more training alone gains
 LOOKED_AT = 64  # rows that tell whether there are pairs
 STEPS = 200  # that tell how many passes a step makes, where that is drawn
-LABELS = ("labels", "start_positions")
 # Magic Pyramid (LTP and FastBERT), and the same of other methods: for classes, responses, answers and tags.
 UNIONS = (
     "ltp+fastbert",

@@ -14,11 +14,11 @@ from seqeval.metrics.sequence_labeling import get_entities
 from transformers import PreTrainedTokenizerBase
 
 from thresher.errors import DataError, OptionError, nearest
+from thresher.targets import IGNORED
 from thresher.tasks.features import EncodedRows, length_limit
 from thresher.tasks.tag_rows import BIO, OUTSIDE, canonical, declared_tags, has_tags, repaired, tags_of, words_of
 
 METRICS = ("f1", "precision", "recall")
-NO_LABEL = -100  # what losses pass over
 
 _BATCH = 1000  # rows tokenised at a time
 _KEPT = ("input_ids", "attention_mask", "token_type_ids")
@@ -295,7 +295,7 @@ class _Batch:
         """numbers: of every row the number of each word's tag."""
         made = []
         for ids, firsts, tags in zip(self.columns["input_ids"], self.firsts, numbers, strict=True):
-            labels = [NO_LABEL] * len(ids)
+            labels = [IGNORED] * len(ids)
             for place, tag in zip(firsts, tags, strict=True):
                 if place >= 0:
                     labels[place] = tag

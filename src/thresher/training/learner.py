@@ -13,9 +13,9 @@ from thresher.errors import OptionError
 from thresher.measure.run import said
 from thresher.model import attachment_of, detach, find_encoder, is_attached
 from thresher.policy import Draw, Stage, Trace, tracing
+from thresher.targets import LABELS
 from thresher.training.row_losses import row_losses
 
-LABELS = ("labels", "start_positions", "end_positions")
 FOR_THE_POLICY = ("evidence", "saliency")  # [B, N], a value a token: columns that no model takes
 
 

@@ -37,6 +37,7 @@ from thresher.backbones.general import takes_types
 from thresher.checkpoint import staged
 from thresher.errors import CheckpointError, OptionError, UnsupportedModelError, first_line
 from thresher.model import attach, detach
+from thresher.targets import IGNORED
 from thresher.tasks.responses import prepare
 from thresher.tasks.windows import Windows, read_dialogues
 from thresher.training.resuming import begin, by_one, refuse_another_run
@@ -172,7 +173,7 @@ class PostTraining(nn.Module):
             logits = self.classifier(**batch).logits.float()
         finally:
             hook.remove()
-        hidden = labels != -100
+        hidden = labels != IGNORED
         words = self.masked(inputs_embeds=states[0][hidden].unsqueeze(0)).logits[0].float()
         # Not the mean, which a batch without a mask does not have.
         mlm = F.cross_entropy(words, labels[hidden], reduction="sum") / hidden.sum().clamp_min(1)
@@ -275,7 +276,7 @@ def _measure(model: PostTraining, examples: _Examples, masking: _Masking, batch_
     for batch in DataLoader(Subset(examples, chosen), batch_size, collate_fn=masking):
         batch = {name: values.to(device) for name, values in batch.items()}
         out = model(**batch)
-        count = int((batch["labels"] != -100).sum())
+        count = int((batch["labels"] != IGNORED).sum())
         words += count
         mlm += count * float(out["mlm_loss"])
         related += len(batch["relevance"]) * float(out["relevance_loss"])

@@ -30,9 +30,10 @@ from thresher.measure.run import MODEL_INPUTS
 from thresher.model import attach, detach, evaluating, find_encoder, is_attached, save
 from thresher.policy import Stage
 from thresher.settings import is_whole
+from thresher.targets import LABELS
 from thresher.tasks.given import as_rows
 from thresher.training.identity import digest, weights
-from thresher.training.learner import LABELS, stock_copy
+from thresher.training.learner import stock_copy
 from thresher.training.resuming import begin, by_one, refuse_another_run
 from thresher.training.row_losses import row_losses
 from thresher.training.stages import run_stage, trains_on_cpu
