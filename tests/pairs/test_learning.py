@@ -77,6 +77,42 @@ def test_a_scorer_that_reads_less_learns(kind: str, tmp_path: Path) -> None:
     assert thresher.policy_of(made).config == thresher.AttentionMass(retention=(0.8, 0.7))
 
 
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((kind, {}) for kind in KINDS),
+    *((kind, {"classes": 3}) for kind in KINDS if kind != "colbert"),
+    *((kind, {"lexical": 4}) for kind in KINDS if kind != "cross"),
+    ("mixencoder", {"start": "dual", "strategy": "M", "k": 1}),
+    ("mixencoder", {"residual": "previous"}),
+    ("mixencoder", {"use_h": False}),
+    ("mixencoder", {"use_e": False, "start": "dual"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), VARIANTS)
+def test_queries_of_a_batch_are_matched_together_as_alone(kind: str, settings: dict[str, Any]) -> None:
+    """Each with candidates of its own, also of unlike number: the scores and every weight's gradient are those of a loop."""
+    made = scorer(kind, **settings)
+    queries, offers = ["w20 w21", "w22 w23 w24 w25", "w26"], [["w30"], ["w31 w20", "w32 w33 w34"], ["w40", "w41 w42"]]
+    if made.lexical is not None:
+        made.lexical.count(made.candidate_rows([text for texts in offers for text in texts])[0])
+    found = []
+    for together in (True, False):
+        made.zero_grad()
+        asked = made.ask(made.query_rows(queries)[0])
+        blocks = [made.offer(made.candidate_rows(texts)[0]) for texts in offers]
+        said = made.compare_each(asked, blocks) if together else list(map(made.compare, asked, blocks))
+        torch.cat(said).square().sum().backward()
+        found.append((said, {name: p.grad for name, p in made.named_parameters() if p.grad is not None}))
+    (one, slopes), (other, expected) = found
+    assert [len(scores) for scores in one] == [1, 2, 2]
+    for mine, theirs in zip(one, other, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert slopes.keys() == expected.keys() and len(slopes) > 10
+    for name, slope in slopes.items():
+        if not name.endswith("key.bias"):  # a softmax does not see it: what is left is rounding
+            assert (slope - expected[name]).abs().max() <= 1e-4 * (1 + expected[name].abs().max()), name
+
+
 def test_in_batch_negatives_written_out() -> None:
     made = scorer("dual")
     rows = datasets.Dataset.from_list([{"query": f"w{20 + i}", "positive": f"w{30 + i} w9"} for i in range(4)])

@@ -283,7 +283,7 @@ def test_an_opened_layer_computes_what_the_layer_does(family: str) -> None:
     states = query[0]
     with torch.no_grad():
         block = type(made.candidate_states([[3]]))(states[3:], [2])
-        *_, (joint, _) = made.upper((states[:3],), block)
+        *_, (joint, _) = made.upper([(states[:3],)], [block])
         expected = made.encoder(input_ids=torch.tensor(rows)).last_hidden_state[0]
     close(joint, expected)
 

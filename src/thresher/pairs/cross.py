@@ -98,14 +98,19 @@ class CrossEncoder(Scorer[CrossConfig]):
         return [(torch.tensor(row, dtype=torch.int32),) for row in rows]
 
     def match(self, query: Query, block: Block) -> Tensor:
-        text = query[0].tolist()
-        candidates = [[n for n in row.flatten().tolist() if n != _EMPTY] for row in block.rows()]
-        framed = [pair(text, candidate, self.frame) for candidate in candidates]
+        return self.match_each([query], [block])[0]
+
+    def match_each(self, queries: Sequence[Query], blocks: Sequence[Block]) -> list[Tensor]:
+        framed = [
+            pair(query[0].tolist(), [n for n in row.flatten().tolist() if n != _EMPTY], self.frame)
+            for query, block in zip(queries, blocks, strict=True)
+            for row in block.rows()
+        ]
         found: dict[int, Tensor] = {}
         for index in by_length([len(ids) for ids, _ in framed], TOKENS):
             reading = self._read([framed[i] for i in index], reduced=True)
             found.update(zip(index, self._said(reading), strict=True))
-        return torch.stack([found[i] for i in range(len(framed))])
+        return list(torch.stack([found[i] for i in range(len(framed))]).split([len(block) for block in blocks]))
 
     def _read(
         self, framed: Sequence[tuple[list[int], list[int]]], *, reduced: bool, entering: Collection[int] = ()

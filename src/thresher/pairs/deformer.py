@@ -81,15 +81,19 @@ class DeFormer(Scorer[DeFormerConfig]):
         return (len(self.layers) - self.lower) * sum(layer_flops(geometry, n, n) for n in lengths)
 
     def match(self, query: Query, block: Block) -> Tensor:
-        *_, (states, sizes) = self.upper(query, block)
-        starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
-        return self.head(states[starts.to(states.device)])  # type: ignore[no-any-return]
+        return self.match_each([query], [block])[0]
 
-    def upper(self, query: Query, block: Block) -> list[tuple[Tensor, list[int]]]:
-        """What each upper layer ends with, of every pair [query; candidate]: [T, D], and how many tokens each pair has."""
-        (states,) = query
-        joined = [part for candidate in block.rows() for part in (states, candidate)]
-        tokens = _packed(torch.cat(joined), [len(states) + size for size in block.sizes])
+    def match_each(self, queries: Sequence[Query], blocks: Sequence[Block]) -> list[Tensor]:
+        *_, (states, sizes) = self.upper(queries, blocks)
+        starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
+        scores = self.head(states[starts.to(states.device)])
+        return list(scores.split([len(block) for block in blocks]))
+
+    def upper(self, queries: Sequence[Query], blocks: Sequence[Block]) -> list[tuple[Tensor, list[int]]]:
+        """What each upper layer ends with, of every pair [query; candidate of its block], query by query: [T, D], and
+        how many tokens each pair has."""
+        pairs = [(states, row) for (states,), block in zip(queries, blocks, strict=True) for row in block.rows()]
+        tokens = _packed(torch.cat([part for pair in pairs for part in pair]), [len(a) + len(b) for a, b in pairs])
         found = []
         for layer in self.layers[self.lower :]:
             q, k, v = (
@@ -113,10 +117,12 @@ class DeFormer(Scorer[DeFormerConfig]):
         second, after = self.candidate_room()
         queries = self.query_states([[*before, *query, *between] for query, _ in pairs])
         block = self.candidate_states([[*second, *candidate, *after] for _, candidate in pairs])
-        losses = []
-        for number, query in enumerate(queries):
-            ours = self.upper(query, block.select([number]))
-            losses += [F.mse_loss(x, layer[number]) for (x, _), layer in zip(ours, reference, strict=True)]
+        upper = self.upper(queries, [block.select([number]) for number in range(len(queries))])
+        losses = [
+            F.mse_loss(ours, theirs)
+            for (states, sizes), layer in zip(upper, reference, strict=True)
+            for ours, theirs in zip(states.split(sizes), layer, strict=True)
+        ]
         return torch.stack(losses).mean()
 
 

@@ -1,7 +1,8 @@
-"""MixEncoder's lightweight cross-attention: all candidates of a chunk look at one query, none at another candidate."""
+"""MixEncoder's lightweight cross-attention: candidates look at their query, none at another candidate."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -12,6 +13,9 @@ from thresher.backbones.opened import OpenedLayer
 from thresher.pairs.layers import Linears, after_attention, together
 
 Residual = Literal["attended", "previous"]
+LookedAt = tuple[
+    Tensor, Tensor, Tensor
+]  # of a query: keys and values [H, n, d], and the states [n, D] they were made of
 
 
 class Interaction(nn.Module):
@@ -19,7 +23,8 @@ class Interaction(nn.Module):
 
     Q', K' and V' are one product, which begins as the layer's own. Q* is the mean of a candidate's Q' (their projection of its
     mean state), so its logits are the mean of logits that are there already. The layer's attention output and feed-forward,
-    shared by both sides, run once over E and H together.
+    shared by both sides, run once over E and H together, and over the candidates of all queries: where every query brings few,
+    as in training, going over the weights for each of them would take longer than the products.
     """
 
     def __init__(self, layer: OpenedLayer, size: int, *, use_h: bool, use_e: bool, residual: Residual) -> None:
@@ -40,30 +45,35 @@ class Interaction(nn.Module):
         self,
         layer: OpenedLayer,
         linears: Linears,
-        key: Tensor,
-        value: Tensor,
-        states: Tensor,
+        queries: Sequence[LookedAt],
+        counts: Sequence[int],
         e: Tensor,
         h: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """key, value: [H, n, d] and states: [n, D] of the query. e: [N, k, D], E_{j-1}; h: [N, D], H_{j-1}, None for zero.
+        """counts: of how many of the N candidates each query is looked at, in order. e: [N, k, D], E_{j-1}; h: [N, D], H_{j-1},
+        None for zero.
 
         Returns E_j [N, k, D] and H_j [N, D] (None without H).
         """
         count, k, size = e.shape
         flat = e.reshape(count * k, size)
         parts = linears(self.project, flat).view(count * k, -1, layer.heads, size // layer.heads).unbind(1)
-        logits = torch.matmul(parts[0].transpose(0, 1), key.transpose(1, 2)) * layer.scale  # [H, N k, n]
-        contexts, residuals = [], []
-        if self.use_e:
-            contexts.append(self._mixed(layer, parts, logits, value, k))
-            residuals.append(flat)
-        if self.gate is not None:
-            pooled = logits if k == 1 else logits.unflatten(1, (count, k)).mean(2)
-            attention = pooled.softmax(-1)  # [H, N, n]
-            contexts.append(together(self._dropped(layer, attention) @ value))
-            residuals.append(self._residual(attention, states, h, flat, count))
-        done = after_attention(layer, torch.cat(contexts), torch.cat(residuals), linears)
+        pieces = zip(*(part.split([n * k for n in counts]) for part in parts), strict=True)
+        mixed, contexts, attended = [], [], []
+        for (key, value, states), piece in zip(queries, pieces, strict=True):
+            logits = torch.matmul(piece[0].transpose(0, 1), key.transpose(1, 2)) * layer.scale  # [H, N k, n]
+            if self.use_e:
+                mixed.append(self._mixed(layer, piece, logits, value, k))
+            if self.gate is not None:
+                pooled = logits if k == 1 else logits.unflatten(1, (-1, k)).mean(2)
+                attention = pooled.softmax(-1)  # [H, N, n]
+                contexts.append(together(self._dropped(layer, attention) @ value))
+                if self.residual == "attended":
+                    attended.append(attention.mean(0) @ states)
+        if self.gate is not None and self.residual == "previous":
+            attended.append(flat.new_zeros(count, size) if h is None else h)
+        residuals = [flat, *attended] if self.use_e else attended
+        done = after_attention(layer, torch.cat([*mixed, *contexts]), torch.cat(residuals), linears)
         new_e = done[: count * k].view(count, k, size) if self.use_e else e
         if self.gate is None:
             return new_e, None
@@ -96,12 +106,6 @@ class Interaction(nn.Module):
         weights = attention[..., length:].permute(1, 2, 0).view(total // k, k, k, heads, 1)
         mixed = context.reshape(total // k, k, heads, -1) + (weights * own_value.unsqueeze(1)).sum(2)
         return mixed.reshape(total, -1)
-
-    def _residual(self, attention: Tensor, states: Tensor, h: Tensor | None, flat: Tensor, count: int) -> Tensor:
-        """[N, D], what stands beside the query's side of attention."""
-        if self.residual == "attended":
-            return attention.mean(0) @ states
-        return flat.new_zeros(count, flat.shape[1]) if h is None else h
 
     def _gated(self, hint: Tensor, new: Tensor, h: Tensor | None, linears: Linears) -> Tensor:
         """Equation 2's gate, g = sigmoid(W [hint; new; old]), H_j = g * new + (1 - g) * old; hint: mean E_{j-1}."""

@@ -102,22 +102,21 @@ class PairLearner(nn.Module):
         self, asked: list[Asked], block: Block, own: list[list[int]], targets: list[int], hidden: list[list[bool]]
     ) -> Tensor:
         """Cross entropy of the right candidate among its query's own and those that the batch brought (in-batch negatives)."""
-        losses = []
-        for b, query in enumerate(asked):
+        parts, places = [], []
+        for b in range(len(asked)):
             others = [c for c in _after(len(block), own[b]) if not hidden[b][c]]
             kept = [c for c in own[b] if not hidden[b][c]]
             picked = kept + (others if self.loss.negatives is None else others[: self.loss.negatives])
             picked.sort()
-            part = block if len(picked) == len(block) else block.select(picked)
-            scores = self.scorer.compare(query, part).float() / self.loss.temperature
-            losses.append(-scores.log_softmax(0)[picked.index(targets[b])])
-        return torch.stack(losses).mean()
+            parts.append(block if len(picked) == len(block) else block.select(picked))
+            places.append(picked.index(targets[b]))
+        said = self.scorer.compare_each(asked, parts)
+        logs = [(scores.float() / self.loss.temperature).log_softmax(0) for scores in said]
+        return -torch.stack([log[place] for log, place in zip(logs, places, strict=True)]).mean()
 
     def _from_labels(self, asked: list[Asked], block: Block, own: list[list[int]], labels: Tensor) -> Tensor:
         """Cross entropy of classes; of one logit what `PairLoss.numbers` says."""
-        said = torch.cat(
-            [self.scorer.compare(query, block.select(mine)) for query, mine in zip(asked, own, strict=True)]
-        )
+        said = torch.cat(self.scorer.compare_each(asked, [block.select(mine) for mine in own]))
         wanted = labels[[c for mine in own for c in mine]]
         if self.scorer.config.classes > 1:
             return F.cross_entropy(said.float(), wanted.long())
@@ -140,14 +139,14 @@ class PairLearner(nn.Module):
         if teacher.device != self.scorer.device:
             teacher.to(self.scorer.device)
         classes, losses, pairs = self.scorer.config.classes, [], []
-        for b, (query, mine) in enumerate(zip(asked, own, strict=True)):
-            compared = mine if classes or len(mine) > 1 else [*mine, *_after(len(block), mine)[:1]]
-            ours = self.scorer.compare(query, block.select(compared)).float()
+        offered = [mine if classes or len(mine) > 1 else [*mine, *_after(len(block), mine)[:1]] for mine in own]
+        said = self.scorer.compare_each(asked, [block.select(compared) for compared in offered])
+        for b, (ours, compared) in enumerate(zip(said, offered, strict=True)):
             texts = [self._content(candidate_rows[c], self.scorer.candidate_room()) for c in compared]
             text = self._content(query_rows[b], self.scorer.query_room())
             with torch.no_grad():
                 theirs = _taught(teacher, text, texts).float()
-            losses.append(self._distance(ours, theirs))
+            losses.append(self._distance(ours.float(), theirs))
             pairs += [(text, candidate) for candidate in texts]
         loss = torch.stack(losses).mean()
         imitated = self.scorer.imitation(teacher, pairs)

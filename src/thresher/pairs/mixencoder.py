@@ -182,16 +182,25 @@ class MixEncoder(Scorer[MixEncoderConfig]):
         return len(block) * (each + self.head.flops)
 
     def match(self, query: Query, block: Block) -> Tensor:
-        e, h = block.dense, None
+        return self.match_each([query], [block])[0]
+
+    def match_each(self, queries: Sequence[Query], blocks: Sequence[Block]) -> list[Tensor]:
+        counts = [len(block) for block in blocks]
+        kept = blocks[0].dense if len(blocks) == 1 else torch.cat([block.dense for block in blocks])
+        e, h = kept, None
         for number, interaction in enumerate(self.interactions):
-            key, value, states = query[3 * number : 3 * number + 3]
-            e, h = interaction(self.opened[number], self.linears, key, value, states, e, h)
+            looked_at = [query[3 * number : 3 * number + 3] for query in queries]
+            e, h = interaction(self.opened[number], self.linears, looked_at, counts, e, h)
         candidate = e.mean(1)
-        asked = query[-1].expand_as(candidate) if h is None else h
-        if self.share is not None:
-            asked = asked if h is None else query[-1] + self.share[0] * h
-            candidate = block.dense.mean(1) + self.share[1] * candidate if self.config.use_e else candidate
-        return self.head(asked, candidate)  # type: ignore[no-any-return]
+        if self.share is not None and self.config.use_e:
+            candidate = kept.mean(1) + self.share[1] * candidate
+        asked = h
+        if asked is None or self.share is not None:
+            own = [query[-1].expand(count, -1) for query, count in zip(queries, counts, strict=True)]
+            asked = own[0] if len(own) == 1 else torch.cat(own)
+            if self.share is not None and h is not None:
+                asked = asked + self.share[0] * h
+        return list(self.head(asked, candidate).split(counts))
 
 
 def _context(encoder: Any, tokenizer: Any, config: MixEncoderConfig) -> nn.Parameter | None:

@@ -158,6 +158,10 @@ class Scorer(nn.Module, Generic[ConfigT]):
         """[N] float32 scores; [N, C] logits where the config has classes."""
         raise NotImplementedError
 
+    def match_each(self, queries: Sequence[Query], blocks: Sequence[Block]) -> list[Tensor]:
+        """`match` of each query with the block of its place; the scores depend on the company by rounding only."""
+        return [self.match(query, block) for query, block in zip(queries, blocks, strict=True)]
+
     def query_room(self) -> tuple[list[int], list[int]]:
         """The special tokens before and after a query."""
         return self.frame.before, self.frame.after
@@ -190,13 +194,21 @@ class Scorer(nn.Module, Generic[ConfigT]):
 
     def compare(self, asked: Asked, block: Block) -> Tensor:
         """[N] scores; [N, C] logits where the config has classes. Raises DataError for candidates kept without terms."""
-        scores = self.match(asked.states, block)
+        return self.compare_each([asked], [block])[0]
+
+    def compare_each(self, asked: Sequence[Asked], blocks: Sequence[Block]) -> list[Tensor]:
+        """`compare` of each query with the block of its place."""
+        scores = self.match_each([one.states for one in asked], blocks)
         if self.lexical is None:
             return scores
-        if block.terms is None or asked.shares is None:
-            raise DataError("This scorer compares terms, and the candidates were encoded without; encode them again.")
-        signal: Tensor = self.lexical(asked.shares, block.terms)
-        return scores + signal
+        found = []
+        for one, block, score in zip(asked, blocks, scores, strict=True):
+            if block.terms is None or one.shares is None:
+                raise DataError(
+                    "This scorer compares terms, and the candidates were encoded without; encode them again."
+                )
+            found.append(score + self.lexical(one.shares, block.terms))
+        return found
 
     # What a caller does with it.
 
