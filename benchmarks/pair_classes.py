@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
+from pair_scoring import STARTED, THREE
 from records import record
 from starts import minilm
 from thresher.pairs import SCORERS, PairLoss, load, train
@@ -30,9 +31,10 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "dual": ("dual", {"pooling": "mean"}),
     "poly": ("poly", {}),
     "virt": ("virt", {}),
-    "mix-a": ("mixencoder", {"k": 1}),
-    "mix-b": ("mixencoder", {"k": 1, "layers": (-3, -2, -1)}),
-    "mix-c": ("mixencoder", {"k": 2, "layers": (-3, -2, -1)}),
+    "mix-a": ("mixencoder", {"k": 1, **STARTED}),
+    "mix-b": ("mixencoder", {"k": 1, **THREE, **STARTED}),
+    "mix-c": ("mixencoder", {"k": 2, **THREE, **STARTED}),
+    "mix-a-paper": ("mixencoder", {"k": 1}),
     "deformer": ("deformer", {}),
     "cross": ("cross", {}),
 }

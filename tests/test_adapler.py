@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -380,17 +381,21 @@ def test_steepness_follows_the_epochs_also_when_a_run_goes_on(tmp_path: Path) ->
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-def test_predictors_learn_at_the_models_rate_and_thresholds_at_their_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rate", [1e-3, None])
+def test_predictors_decay_with_the_model_and_have_a_rate_of_their_own(tmp_path: Path, rate: float | None) -> None:
     model = attached()
-    (stage,) = policy_of(model).stages()
+    (own,) = policy_of(model).stages()
+    assert own.predictor_learning_rate == 1e-3
+    stage = replace(own, predictor_learning_rate=rate)
     learner = Learner(model, stage)
     trainer = _StageTrainer(learner, training_arguments(tmp_path, {"use_cpu": True}))
     groups = trainer.create_optimizer().param_groups
     of = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
     policy = policy_of(model)
     assert of[id(policy.eta)] == of[id(policy.theta)] == (5e-4, 0.0)
-    assert of[id(policy.predictors[0][0].weight)] == of[id(model.classifier.weight)] == (3e-5, 0.01)
-    assert of[id(policy.predictors[0][0].bias)] == (3e-5, 0.0)
+    assert of[id(model.classifier.weight)] == (3e-5, 0.01)
+    assert of[id(policy.predictors[0][0].weight)] == (rate or 3e-5, 0.01)
+    assert of[id(policy.predictors[0][0].bias)] == (rate or 3e-5, 0.0)
     assert (stage.epochs, stage.batch_size, stage.warmup) == (5, 32, 0.06)
 
 

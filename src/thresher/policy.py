@@ -198,7 +198,8 @@ class Stage:
 
     mode: how the policy acts: "off" (plain model), "soft" (differentiable), "hard" (tokens really drop).
     epochs, learning_rate, batch_size, warmup (share of the steps), weight_decay: as in transformers.
-    policy_learning_rate: for the policy's own parameters; None leaves them fixed.
+    policy_learning_rate: for the policy's own parameters; None leaves them fixed. predictor_learning_rate: for those among them
+        that learn with the model (`Policy.with_the_model`); None: learning_rate.
     exit_learning_rate: for the exit's branches, which all speak in such a stage while nobody leaves; with learning_rate=0 they
     alone learn, and nothing goes back through the model. None: the stage runs without the exit.
     exit_samples: whether tokens freeze during such a stage, where the exit freezes any.
@@ -215,6 +216,7 @@ class Stage:
     epochs: float = 1.0
     learning_rate: float = 5e-5
     policy_learning_rate: float | None = None
+    predictor_learning_rate: float | None = None
     exit_learning_rate: float | None = None
     exit_samples: bool = False
     batch_size: int = 16
@@ -231,8 +233,10 @@ class Stage:
             "epochs": self.epochs > 0,
             "batch_size": self.batch_size >= 1,
             "learning_rate": self.learning_rate >= 0,
-            "policy_learning_rate": self.policy_learning_rate is None or self.policy_learning_rate >= 0,
-            "exit_learning_rate": self.exit_learning_rate is None or self.exit_learning_rate >= 0,
+            **{
+                name: getattr(self, name) is None or getattr(self, name) >= 0
+                for name in ("policy_learning_rate", "predictor_learning_rate", "exit_learning_rate")
+            },
             "warmup": 0 <= self.warmup <= 1,
             "weight_decay": self.weight_decay >= 0,
             "label_weight": self.label_weight >= 0,
@@ -261,7 +265,8 @@ class Policy(nn.Module, Generic[ConfigT]):
     dropped_may_answer: whether a question-answering head may point at a dropped token, whose last state it then reads.
     grain: tokens of a block where the method's own work is a polynomial in whole blocks.
     learns_saliency: whether training reads the saliency of the rows' tokens, which a fit asks of the model it starts from.
-    with_the_model: beginnings of the names of parameters that learn at the model's rate and decay, not at the policy's.
+    with_the_model: beginnings of the names of parameters that decay as the model's do, and learn at a stage's
+        predictor_learning_rate or the model's rate, not at the policy's.
     """
 
     dropped_may_answer: ClassVar[bool] = True

@@ -36,7 +36,7 @@ UNIONS = (
     "block-skim+settled-span",
     "ltp+sentee",
 )
-OF_A_METHOD = ("learning_rate", "policy_learning_rate", "label_weight", "distil_weight")
+OF_A_METHOD = ("learning_rate", "policy_learning_rate", "predictor_learning_rate", "label_weight", "distil_weight")
 WANTED = {
     "pairs": "needs rows of two texts",
     "answers": "needs rows that say where the answer, or the evidence for it, lies",

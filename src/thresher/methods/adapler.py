@@ -244,13 +244,15 @@ class AdapLeRPolicy(Policy[AdapLeR]):
             self.theta.clamp_(min=LEAST_SHARE)
 
     def stages(self) -> tuple[Stage, ...]:
-        """One, of the paper's settings."""
+        """One, of the paper's settings but for the predictors' rate: at the model's they need the paper's ten thousand steps to
+        learn anything, at this one a few hundred."""
         stage = Stage(
             name="soft",
             mode="soft",
             epochs=EPOCHS,
             learning_rate=3e-5,
             policy_learning_rate=5e-4,
+            predictor_learning_rate=1e-3,
             batch_size=32,
             keeps="fastest",
         )
