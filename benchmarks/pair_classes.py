@@ -72,6 +72,7 @@ def judged(args: argparse.Namespace, name: str, scorer: str) -> None:
         mean(found),
         "%" if name == "rte" else "points",
         spread={"standard_error": round(stdev(found) / len(found) ** 0.5, 2)} if len(found) > 1 else None,
+        cell=("stsb: Spearman's correlation; rte: accuracy, %", scorer, name),
         data=name,
         split="validation",
         examples=len(rows),

@@ -155,12 +155,11 @@ def _grid(heading: str, entries: list[dict[str, Any]]) -> str:
         entry = found.get((row, column))
         if entry is None:
             return "-"
-        error = entry["spread"].get("standard_error")
-        spread = entry["spread"]
-        ratio = spread.get("flops_speedup")
-        names = entry.get("shown", spread)
+        spread = entry["spread"] or {}
+        error, ratio = spread.get("standard_error"), spread.get("flops_speedup")
+        names = entry.get("shown", [name for name in spread if name != "standard_error"])
         beside = ", ".join(f"{name} {spread[name]}" for name in names) if ratio is None else f"{ratio:.2f}x"
-        return f"{entry['value']:.2f}{f' ± {error}' if error else ''} ({beside})"
+        return f"{entry['value']:.2f}{f' ± {error}' if error else ''}{f' ({beside})' if beside else ''}"
 
     lines = [f"| {heading} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     lines += [f"| {row} | {' | '.join(said(row, column) for column in columns)} |" for row in rows]
