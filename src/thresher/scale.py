@@ -15,8 +15,10 @@ Each worker takes a core for itself: of 8 leave Ray one to read with, or it wait
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
+import signal
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -261,7 +263,8 @@ def _encoded(
                 return
             try:
                 while len(running) < len(waiting):
-                    running.append(pool.submit(_encode, waiting[len(running)]))
+                    with _ours_to_interrupt():
+                        running.append(pool.submit(_encode, waiting[len(running)]))
                 found = running[0].result()
             except BrokenProcessPool as error:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -285,6 +288,20 @@ def _pool(workers: int, encoder: CandidateEncoder) -> ProcessPoolExecutor:
     # Not forked: torch's threads do not survive it.
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(encoder,))
+
+
+@contextlib.contextmanager
+def _ours_to_interrupt() -> Iterator[None]:
+    """Processes started in this block never see Ctrl-C, which a terminal sends to all: who started them answers it, after the
+    block where it came in it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _encoder: CandidateEncoder | None = None  # of a worker process

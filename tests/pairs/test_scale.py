@@ -7,6 +7,9 @@ import os
 import pickle
 import random
 import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -183,6 +186,38 @@ def test_a_killed_worker_is_replaced(saved: Path, tmp_path: Path, monkeypatch: p
         assert fill(index, saved, ROWS, workers=2, batch=5).new == COUNT
     assert len(list(tmp_path.glob("died-*"))) == 1
     assert content(saved, tmp_path / "store") == whole(saved, tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="a terminal's signal to a group of processes")
+def test_ctrl_c_while_workers_start_is_one_sentence(saved: Path, tmp_path: Path) -> None:
+    """The terminal interrupts every process of a command: the one that was asked answers, and its workers say nothing."""
+    file = tmp_path / "passages.jsonl"
+    file.write_text("".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in ROWS))
+    words = ["-m", "thresher.cli", "index", file, "--model", saved, "--store", tmp_path / "store", "--workers", "2"]
+    run = subprocess.Popen(
+        [sys.executable, *map(str, words)], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not (workers := _spawned(run.pid)) and time.monotonic() < deadline and run.poll() is None:
+        time.sleep(0.02)
+    assert workers, "no worker was started"
+    time.sleep(0.3)  # they are importing
+    os.killpg(run.pid, signal.SIGINT)
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 130 and "Interrupted" in said and "Traceback" not in said, said
+    with Index.open(load(saved), tmp_path / "store") as index:
+        fill(index, saved, ROWS, workers=1)
+    assert content(saved, tmp_path / "store") == whole(saved, tmp_path / "whole")
+
+
+def _spawned(parent: int) -> list[int]:
+    """The workers that a process has spawned, without the tracker of its shared resources."""
+    found = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()[
+        1:
+    ]
+    lines = (line.split(None, 2) for line in found)
+    return [int(pid) for pid, ppid, words in lines if int(ppid) == parent and "spawn_main" in words]
 
 
 @pytest.mark.slow
