@@ -16,6 +16,7 @@ from commands import call, fails, ok, write_rows
 from pairs.scoring import scorer
 from thresher.pairs import load
 from thresher.pairs.keeping import Index
+from thresher.pairs.store import open_store
 
 WORDS = ["w9 w10", "w11", "w12 w13 w14", "w20 w9", "w21 w22 w23", "w30"]
 ROWS = [{"id": f"p{i}", "text": text} for i, text in enumerate(WORDS)]
@@ -260,13 +261,37 @@ def test_a_damaged_store_is_not_ranked(place: Path, tmp_path: Path) -> None:
     (segment,) = store.glob("segment-*")
     content = segment.read_bytes()
     rank = ("rank", QUERY, "--model", place / "mixencoder", "--store", store)
+    some = tmp_path / "some"
+    some.write_text("0\n")
     for at in (8, len(content) // 2, len(content) - 2):  # where ids are looked up, and in the vectors
         segment.write_bytes(content[:at] + bytes([content[at] ^ 64]) + content[at + 1 :])
-        fails(*rank, match="is damaged .* restore it from a copy, or index the candidates again")
+        fails(*rank, match="is damaged .* restore it from a copy, or remove it and index the candidates anew")
+        fails(*rank, "--ids", some, match="is damaged")
     segment.write_bytes(content[:-1])
     fails(*rank, match="is damaged")
     segment.unlink()
     fails(*rank, match="is missing")
+
+
+def test_a_refused_writer_leaves_the_store_as_it_is(place: Path, tmp_path: Path) -> None:
+    store, copy = tmp_path / "s", tmp_path / "copy"
+    ok(*words(place, store))
+    shutil.copytree(place / "mixencoder", copy)
+    file, *rest = words(place, store)[1:]
+    with open_store(store) as writer:
+        writer.hold()
+        fails(
+            "index", file, *(copy if word == place / "mixencoder" else word for word in rest), match="is being written"
+        )
+    shutil.rmtree(copy)
+    assert ok("rank", QUERY, "--store", store)["ranked"]  # by the scorer that it was filled by
+
+
+@pytest.mark.parametrize("content", [b"\xe1", b""])
+def test_a_store_that_does_not_say_its_scorer_asks_for_it(place: Path, tmp_path: Path, content: bytes) -> None:
+    ok(*words(place, tmp_path / "s"))
+    (tmp_path / "s" / "scorer.txt").write_bytes(content)
+    fails("rank", QUERY, "--store", tmp_path / "s", match="does not say where its scorer is; give --model DIR")
 
 
 def test_help_has_an_example_and_json() -> None:

@@ -11,6 +11,7 @@ from commands import call, fails, ok, write_rows
 from helpers import make, tokenizer
 from pairs.scoring import scorer, toy
 from thresher.pairs import evaluate, load
+from thresher.pairs.scorer import Scorer
 
 WORDS = [f"w{20 + i} w{10 + i}" for i in range(8)]
 LIMITS = ("--set", "max_query=22", "--set", "max_candidate=18")
@@ -125,3 +126,54 @@ def test_what_fit_refuses_before_it_trains(place: Path, tmp_path: Path) -> None:
 def test_bad_queries_of_a_corpus(place: Path, tmp_path: Path, row: dict[str, Any], says: str) -> None:
     file = write_rows(tmp_path / "asked.jsonl", [row])
     fails("evaluate", place / "mixencoder", file, "--candidates", place / "corpus.jsonl", match=says)
+
+
+def test_columns_go_to_the_file_they_are_for(place: Path, tmp_path: Path) -> None:
+    words = ("evaluate", place / "mixencoder")
+    expected = ok(*words, place / "asked.jsonl", "--candidates", place / "corpus.jsonl")
+    bodies = write_rows(tmp_path / "bodies.jsonl", [{"key": i, "body": text} for i, text in enumerate(WORDS)])
+    named = ("--candidates", bodies, "--column", "id=key", "--column", "text=body")
+    assert ok(*words, place / "asked.jsonl", *named)["metrics"] == expected["metrics"]
+    asked = write_rows(tmp_path / "asked.jsonl", [{"text": f"w{20 + i}", "id": [i]} for i in range(4)])
+    named = (*named, "--column", "query=text", "--column", "relevant=id")
+    assert ok(*words, asked, *named)["metrics"] == expected["metrics"]
+    fails(*words, asked, *named[:4], "--column", "text=bodi", match=r"no column 'bodi' \(there are key, body\)")
+
+
+def test_a_corpus_is_encoded_after_its_queries_are_checked(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encoded(*_: Any, **__: Any) -> None:
+        raise AssertionError("encoded in vain")
+
+    scorer("dual", classes=2).save(tmp_path / "classes")
+    monkeypatch.setattr(Scorer, "encode_candidates", encoded)
+    corpus = ("--candidates", place / "corpus.jsonl")
+    fails("evaluate", tmp_path / "classes", place / "asked.jsonl", *corpus, match="2 classes does not rank")
+    for row, says in (
+        ({"query": "w9"}, "'relevant' is not there"),
+        ({"query": "w9", "relevant": [77]}, "Row 1 names the relevant id 77"),
+        ({"query": 3, "relevant": [1]}, "Row 1 has no text that can be read"),
+        ({"query": "w9", "relevant": []}, "No query has a right candidate"),
+    ):
+        fails("evaluate", place / "mixencoder", write_rows(tmp_path / "asked.jsonl", [row]), *corpus, match=says)
+
+
+def test_drawn_rows_are_called_by_their_number_in_the_file(place: Path, tmp_path: Path) -> None:
+    words = ("evaluate", place / "mixencoder")
+    rows = [{"query": f"w{20 + i % 8}", "relevant": [99 if i == 10 else i % 8]} for i in range(20)]
+    file = write_rows(tmp_path / "asked.jsonl", rows)
+    corpus = ("--candidates", place / "corpus.jsonl")
+    drawn = ("--limit", 20, "--seed", 3)
+    fails(*words, file, *corpus, *drawn, match="Row 11 names the relevant id 99")
+    ok("index", place / "corpus.jsonl", "--model", place / "mixencoder", "--store", tmp_path / "store")
+    fails(*words, file, "--store", tmp_path / "store", *drawn, match="Row 11 names the relevant id 99")
+    # The candidates are not drawn: what is said of their rows stands.
+    bad = write_rows(tmp_path / "bad.jsonl", [{"id": i, "text": None if i == 5 else "w9"} for i in range(8)])
+    fails(*words, file, "--candidates", bad, "--limit", 3, match="Row 6 has no text")
+
+    own = [{"query": "w9", "candidates": ["w10", "w11"], "labels": [1] if i == 10 else [0, 1]} for i in range(20)]
+    file = write_rows(tmp_path / "own.jsonl", own)
+    fails(*words, file, *drawn, match="Row 11 has the labels")
+    fit = ("fit-scorer", place / "encoder", file, "--out", tmp_path / "out", *LIMITS, "--device", "cpu")
+    fails(*fit, *drawn, match="Row 11 has the labels")

@@ -18,12 +18,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import multiprocessing
+import os
 import signal
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -166,13 +169,13 @@ def write(index: Index, batches: Iterable[Batch], on_done: Callable[[int], None]
         _check_made(index, _column(batch, "made_by"))
         for name in names:
             check_once(name, seen)
-        fresh = np.flatnonzero(~index.store.contains(names))
+        fresh, added = np.flatnonzero(~index.store.contains(names)), 0
         if len(fresh):
             vectors = [np.asarray(_stacked(batch["vectors"][i]), np.float32) for i in fresh]
             terms = np.stack([np.asarray(batch["terms"][i]) for i in fresh]) if "terms" in batch else None
             lengths = np.array([len(one) for one in vectors])
-            index.put([names[i] for i in fresh], np.concatenate(vectors), lengths, terms)
-        new, there, cut = new + len(fresh), there + len(names) - len(fresh), cut + int(np.sum(batch["cut"]))
+            added = index.put([names[i] for i in fresh], np.concatenate(vectors), lengths, terms)
+        new, there, cut = new + added, there + len(names) - added, cut + int(np.sum(batch["cut"]))
         if on_done is not None:
             on_done(len(names))
     return Added(new, there, cut)
@@ -310,6 +313,15 @@ _encoder: CandidateEncoder | None = None  # of a worker process
 def _begin(encoder: CandidateEncoder) -> None:
     global _encoder
     _encoder = encoder
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    """A killed parent closes nothing: without this its workers would wait for their next batch for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _encode(batch: Batch) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,23 @@ def test_a_fingerprint_tells_weights_and_settings_apart() -> None:
     with torch.no_grad():
         next(made.parameters()).view(-1)[0] += 1e-3
     assert made.fingerprint() != first
+
+
+def test_a_fingerprint_tells_apart_how_texts_are_read(tmp_path: Path) -> None:
+    """The same weights with another tokenizer, or with other heads, make other vectors; how long a text may be does not."""
+    made = scorer("dual")
+    first = made.fingerprint()
+    made.tokenizer("w5 w6", truncation=True, max_length=3, padding="max_length")
+    assert made.fingerprint() == first
+    made.save(tmp_path / "it")
+    for file, before, after in (("tokenizer.json", '"w9"', '"v9"'), ("config.json", '_heads": 4', '_heads": 2')):
+        other = tmp_path / file
+        shutil.copytree(tmp_path / "it", other)
+        text = (other / file).read_text()
+        assert before in text
+        (other / file).write_text(text.replace(before, after))
+        assert load(other).fingerprint() != first
+    assert load(tmp_path / "it").fingerprint() == first
 
 
 def edit(saved: Path, **changes: Any) -> None:

@@ -211,6 +211,30 @@ def test_ctrl_c_while_workers_start_is_one_sentence(saved: Path, tmp_path: Path)
     assert content(saved, tmp_path / "store") == whole(saved, tmp_path / "whole")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="looks for processes with ps")
+def test_workers_end_with_a_process_that_is_killed(saved: Path, tmp_path: Path) -> None:
+    file = tmp_path / "passages.jsonl"
+    file.write_text("".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in ROWS))
+    words = ["-m", "thresher.cli", "index", file, "--model", saved, "--store", tmp_path / "store", "--workers", "2"]
+    run = subprocess.Popen([sys.executable, *map(str, words), "--batch", "1"], start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "store").glob("segment-*")) and time.monotonic() < deadline and run.poll() is None:
+        time.sleep(0.02)
+    workers = _spawned(run.pid)
+    assert workers, "no worker was at work"
+    run.kill()
+    run.wait()
+    while any(_runs(worker) for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(_runs(worker) for worker in workers)
+
+
+def _runs(process: int) -> bool:
+    found = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True).stdout
+    return bool(found.strip()) and not found.startswith("Z")
+
+
 def _spawned(parent: int) -> list[int]:
     """The workers that a process has spawned, without the tracker of its shared resources."""
     found = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()[

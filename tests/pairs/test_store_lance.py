@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -290,3 +293,82 @@ def test_a_closed_handle_and_one_that_travels(store: LanceStore) -> None:
             call(back)
         one_sentence(error)
     assert "closed" in repr(back)
+
+
+# --- several writers from the beginning, and what a killed one leaves ---------------------------------------------------
+
+
+def test_of_several_that_create_a_table_one_does(tmp_path: Path) -> None:
+    """And what it commits at once is there afterwards: no other creation comes over it."""
+    for number in range(10):
+        place, together = tmp_path / f"{number}.lance", threading.Barrier(4)
+
+        def make(own: int, place: Path = place, together: threading.Barrier = together) -> str:
+            together.wait()
+            try:
+                with create(place, **SETTINGS) as made:
+                    made.add([str(own)], vectors(1))
+            except StoreError as error:
+                return str(error)
+            return ""
+
+        with ThreadPoolExecutor(4) as pool:
+            said = list(pool.map(make, range(4)))
+        refused = [text for text in said if text]
+        assert len(refused) == 3 and all(re.search("holds (a table|files) already; ", text) for text in refused), said
+        with open_store(place) as left:
+            assert list(left.ids()) == [str(said.index(""))]
+
+
+def test_what_a_killed_creation_leaves_is_no_obstacle(tmp_path: Path) -> None:
+    place = tmp_path / "it.lance"
+    for name in ("_versions", "_transactions"):
+        (place / name).mkdir(parents=True)
+    (place / "_transactions" / "0-1.txn").touch()
+    assert not holds_store(place)
+    with create(place, **SETTINGS) as made:
+        made.add(names(2), vectors(2))
+    assert holds_store(place)
+    with pytest.raises(StoreError, match="holds files already"):
+        create(place, **SETTINGS)
+
+
+def test_a_file_is_no_place_for_a_table(tmp_path: Path) -> None:
+    (tmp_path / "it.lance").write_text("mine")
+    for what in (lambda p: create(p, **SETTINGS), open_store, holds_store):
+        with pytest.raises(StoreError, match=r"it\.lance is a file; give a new directory"):
+            what(tmp_path / "it.lance")
+
+
+def test_what_another_writer_indexes_meanwhile_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = scorer("colbert", lexical=4)
+    made.lexical.count(made.candidate_rows([text for _, text in ROWS])[0])
+    with Index.create(made, tmp_path / "it.lance") as one, Index.open(made, tmp_path / "it.lance") as other:
+        keep = other.scorer.encode_candidates
+
+        def late(*given: Any, **settings: Any) -> Any:
+            """While the other one encodes, the first commits some of the same."""
+            monkeypatch.undo()
+            one.add(ROWS[1:3])
+            return keep(*given, **settings)
+
+        monkeypatch.setattr(other.scorer, "encode_candidates", late)
+        assert other.add(ROWS[:5]) == Added(3, 2, 0)
+        with Index.create(made, tmp_path / "alone.lance") as alone:
+            alone.add(ROWS[:5])
+            for query in (QUERY, "w30"):
+                assert other.rank(query) == alone.rank(query)
+
+
+def test_several_remember_where_the_scorer_lies(tmp_path: Path) -> None:
+    place = tmp_path / "it.lance"
+    create(place, **SETTINGS).close()
+
+    def tell(number: int) -> None:
+        with open_store(place) as handle:
+            handle.remember_origin(f"/scorers/{number}")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(tell, range(4)))
+    with open_store(place) as handle:
+        assert handle.origin in {f"/scorers/{number}" for number in range(4)}

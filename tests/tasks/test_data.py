@@ -62,6 +62,19 @@ def test_csv_values_become_numbers_only_where_nothing_is_lost(tmp_path: Path) ->
     assert second == {"name": "12", "long": "2", "count": None, "share": 2.0, "mixed": "x", "none": ""}
 
 
+def test_ids_of_a_csv_file_are_names(tmp_path: Path) -> None:
+    assert load_rows(write(tmp_path / "a.csv", "id,relevant\n1,1\n2.5,2.5\n")).to_list() == [
+        {"id": "1", "relevant": 1.0},
+        {"id": "2.5", "relevant": 2.5},
+    ]
+    assert load_rows(write(tmp_path / "b.csv", "id\n1\n2\n"))["id"][:] == [1, 2]
+
+
+def test_numbers_that_are_no_ids_may_be_whole_or_not(tmp_path: Path) -> None:
+    rows = load_rows(write(tmp_path / "a.jsonl", '{"a": 1, "relevant": 1}\n{"a": 2.5, "relevant": 0.5}\n'))
+    assert rows.to_list() == [{"a": 1.0, "relevant": 1.0}, {"a": 2.5, "relevant": 0.5}]
+
+
 def test_csv_fields_may_hold_line_breaks_and_tsv_fields_stray_quotes(tmp_path: Path) -> None:
     assert load_rows(write(tmp_path / "a.csv", 'text,label\n"one\ntwo",1\n'))["text"][0] == "one\ntwo"
     assert load_rows(write(tmp_path / "a.tsv", 'text\tlabel\n"He said\t1\n'))["text"][0] == '"He said'
@@ -91,8 +104,41 @@ def test_a_field_longer_than_the_csv_default_is_read(tmp_path: Path) -> None:
             '{"a": null}\n{"a": 1}\n{"a": "x"}\n',
             "line 3: the field 'a' is of type str, but in line 2 .* int",
         ),
-        ("a.jsonl", '{"a": 99999999999999999999999}\n', "the field 'a' cannot be made a column"),
-        ("a.jsonl", '{"a": "\\ud800"}\n', "the field 'a' cannot be made a column"),
+        ("a.jsonl", '{"a": 1}\n{"a": 2.5}\n{"a": "x"}\n', "line 3: the field 'a' is of type str, but in line 1 .* int"),
+        (
+            "a.jsonl",
+            '{"a": 1}\n\n{"a": 99999999999999999999999}\n',
+            "a.jsonl, line 3: the field 'a' has a whole number that does not fit into 64 bits; write .* as texts",
+        ),
+        (
+            "a.jsonl",
+            '{"a": 2.5}\n{"a": 99999999999999999999999}\n',
+            "line 2: the field 'a' has a whole number that does",
+        ),
+        (
+            "a.json",
+            '[{"a": [0.5]}, {"a": [0.5, 99999999999999999999999]}]',
+            "row 2: the field 'a' cannot be made a column",
+        ),
+        (
+            "a.jsonl",
+            '{"a": "x"}\n{"a": "x\\ud800 y"}\n',
+            r"line 2: the field 'a' has half a character \(a lone surrogate\), at 1; write",
+        ),
+        ("a.json", '[{"a": ["x"]}, {"a": ["x", "\\udc00"]}]', "a.json, row 2: the field 'a' has half a character"),
+        ("a.jsonl", '{"a": 1, "b\\ud800": 1}\n', r"line 1: the name of the field 'b\\ud800' has half a character"),
+        ("a.jsonl", '{"a": [1]}\n{"a": [2]}\n{"a": ["x"]}\n', "line 3: the field 'a' cannot be made a column"),
+        (
+            "a.jsonl",
+            '{"id": null}\n{"id": 1}\n{"id": 2.5}\n',
+            "line 3: the field 'id' is 2.5, and in line 2 it is 1; ids are whole numbers, or all of them texts",
+        ),
+        ("a.json", '[{"id": 2.5}, {"id": 1}]', "row 1: the field 'id' is 2.5, and in row 2 it is 1;"),
+        (
+            "a.jsonl",
+            '{"relevant": [1]}\n{"relevant": [2, 2.5]}\n',
+            "line 2: the field 'relevant' is 2.5, and in line 1 it is 1;",
+        ),
         ("a.jsonl", b'{"a": "x"}\n{"a": "\xff"}\n', "line 2: the text is not UTF-8"),
         ("a.csv", b"a,b\n1,2\n3,\xff\n", "line 3: the text is not UTF-8"),
         ("a.csv", 'a,b\n1,"2\n2"\n3\n', r"a.csv, line 4: 1 fields, but the header has 2 \(a, b\)"),

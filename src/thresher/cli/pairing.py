@@ -84,6 +84,7 @@ def index(
     scorer = open_scorer(model, place)
     check_texts(rows, scorer)  # all of them, so that nothing is encoded in vain
     with _opened(scorer, store, dtype) as opened, progress("encoding", len(rows)) as done:
+        opened.store.hold()  # a writer that has to wait for another one changes nothing
         opened.store.remember_origin(str(Path(model).expanduser().resolve()))
         before = len(opened)
         candidates, size = zip(names, rows["text"], strict=True), batch or BATCH
@@ -142,8 +143,7 @@ def rank(
     from thresher.pairs.keeping import Index
 
     with Index.open(open_scorer(model or _scorer_of(store), place), store) as opened:
-        if subset is None:  # all of it is read anyway
-            opened.store.verify()
+        opened.store.verify()
         found = opened.rank(texts[0] if len(texts) == 1 else texts, k, subset)
         among = len(opened) if subset is None else len(subset)
     rows = [(str(number), name, f"{score:.4f}") for number, (name, score) in enumerate(found, start=1)]
@@ -175,7 +175,11 @@ def _opened(scorer: Any, store: str, dtype: str | None) -> Index:
     from thresher.pairs.store import holds_store
 
     if not holds_store(store):
-        return Index.create(scorer, store, dtype=dtype or "float16")
+        try:
+            return Index.create(scorer, store, dtype=dtype or "float16")
+        except StoreError:
+            if not holds_store(store):  # else another writer made it in this moment
+                raise
     opened = Index.open(scorer, store, dtype=dtype)
     try:
         opened.store.verify()  # more is not added to what nobody could read afterwards

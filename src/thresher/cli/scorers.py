@@ -34,7 +34,11 @@ from thresher.report.console import count, table
 if TYPE_CHECKING:
     import datasets
 
+    from thresher.pairs.cache import Cache
     from thresher.pairs.evaluation import Ranked
+
+OF_CANDIDATES = ("id", "text")
+"""The columns of a corpus; what else --column names is its queries'."""
 
 
 @command
@@ -114,7 +118,7 @@ def fit_scorer(
     place = place_of(device)
 
     from thresher.cli.checkpoints import find
-    from thresher.cli.data import read_rows
+    from thresher.cli.data import numbered_as_read, read_rows
     from thresher.pairs.evaluation import evaluate, rankable
     from thresher.pairs.losses import PairLoss
     from thresher.pairs.saving import load, scorer_class
@@ -134,7 +138,9 @@ def fit_scorer(
            "teacher": teacher, "loss": dataclasses.asdict(lessons)}  # fmt: skip
     options = {"hard": hard, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
                "precision": precision, "use_cpu": place == "cpu"}  # fmt: skip
-    metrics = _trained(new, rows, out, run, options, lessons, None if teacher is None else load(teacher))
+    taught = None if teacher is None else load(teacher)
+    with numbered_as_read(rows):
+        metrics = _trained(new, rows, out, run, options, lessons, taught)
     about = {"directory": str(out), "scorer": scorer, "rows": len(rows), "loss": metrics["train_loss"]}
     shown: list[Any] = []
     if held_out is not None:
@@ -200,7 +206,8 @@ def evaluate_scorer(
 ) -> Result:
     """Rank the candidates of every query, or one corpus.
 
-    drawn: limit and seed. refused: options that say nothing of a scorer, by name.
+    columns: those of the candidates too (id, text), where these are a file. drawn: limit and seed.
+    refused: options that say nothing of a scorer, by name.
     """
     for option, value in refused.items():
         if value is not None:
@@ -208,23 +215,26 @@ def evaluate_scorer(
     if candidates is not None and store is not None:
         raise OptionError("Give --candidates or --store, not both.")
 
-    from thresher.cli.data import read_rows
+    from thresher.cli.data import numbered_as_read, read_rows
     from thresher.cli.pairing import open_scorer
     from thresher.pairs.evaluation import evaluate, evaluate_corpus
     from thresher.pairs.keeping import Index
     from thresher.tasks.data import map_columns
 
     scorer = open_scorer(directory, place_of(device))
-    rows = map_columns(read_rows(data, split="test", **drawn), columns)
+    theirs = {} if candidates is None else {name: columns[name] for name in OF_CANDIDATES if name in columns}
+    own = {name: column for name, column in columns.items() if name not in theirs}
+    rows = map_columns(read_rows(data, split="test", **drawn), own)
     if "relevant" in rows.column_names and candidates is None and store is None:
         raise OptionError("Queries with relevant ids need their corpus; give --candidates FILE or --store DIR.")
-    with progress("evaluating", len(rows)) as done:
+    corpus = None if candidates is None else _encoded(scorer, map_columns(read_rows(candidates), theirs), rows)
+    with progress("evaluating", len(rows)) as done, numbered_as_read(rows):
         if store is not None:
             with Index.open(scorer, store) as index:
                 index.store.verify()
                 found = evaluate_corpus(scorer, rows, index, on_done=done)
-        elif candidates is not None:
-            found = evaluate_corpus(scorer, rows, _encoded(scorer, read_rows(candidates)), on_done=done)
+        elif corpus is not None:
+            found = evaluate_corpus(scorer, rows, corpus, on_done=done)
         else:
             found = evaluate(scorer, rows, on_done=done)
     if found.cut:
@@ -233,12 +243,17 @@ def evaluate_scorer(
     return Result(about, [_ranking(f"{directory} on {data}", found)])
 
 
-def _encoded(scorer: Any, rows: datasets.Dataset) -> Any:
+def _encoded(scorer: Any, rows: datasets.Dataset, queries: datasets.Dataset) -> Cache:
+    """A file's candidates, encoded once all else is checked."""
+    from thresher.cli.data import numbered_as_read
     from thresher.cli.pairing import candidate_ids, check_texts
+    from thresher.pairs.evaluation import relevant_places
 
     names = candidate_ids(rows)
     check_texts(rows, scorer)
-    return scorer.encode_candidates(list(rows["text"]), names)
+    with numbered_as_read(queries):
+        relevant_places(scorer, queries, names)
+    return scorer.encode_candidates(list(rows["text"]), names)  # type: ignore[no-any-return]
 
 
 def _about(found: Ranked) -> dict[str, Any]:

@@ -22,6 +22,9 @@ from thresher.methods import CONFIGS, build
 from thresher.model import attach, policy_of
 from thresher.policy import Policy, PolicyConfig
 
+# Parts of the names of settings that say how an encoder was saved, or what heads and training take.
+OF_NO_VECTOR = ("path", "version", "dtype", "architectures", "label", "problem_type", "dropout", "_map", "_attn")
+
 
 def open_encoder(
     source: Any, policy: PolicyConfig | str | None, logits: int | None = None
@@ -41,6 +44,12 @@ def open_encoder(
         attach(encoder, policy)
         _refuse_untrained(policy_of(encoder))
     return encoder, tokenizer
+
+
+def settings_of(encoder: PreTrainedModel) -> dict[str, Any]:
+    """Those on which what it makes of a text depends, beside its weights."""
+    config = encoder.config.to_dict()
+    return {name: config[name] for name in config if not any(part in name for part in OF_NO_VECTOR)}
 
 
 def _has_head(config: Any, logits: int) -> bool:
@@ -79,4 +88,4 @@ def _refuse_untrained(policy: Policy[Any]) -> None:
     )
 
 
-__all__ = ["open_encoder", "opened"]
+__all__ = ["open_encoder", "opened", "settings_of"]

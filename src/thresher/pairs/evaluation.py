@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from thresher.errors import DataError, OptionError
-from thresher.pairs.cache import Cache
+from thresher.pairs.cache import Cache, Id
 from thresher.pairs.keeping import CUT, Index
 from thresher.pairs.scorer import NO_NUMBER, TOKENS, Asked, Scorer, by_length
 from thresher.pairs.texts import check_row
@@ -103,20 +103,10 @@ def evaluate_corpus(
     A right candidate ranks after the wrong ones of the same score. The rest as in `evaluate`.
     Raises DataError for other columns, an id that is not in the corpus, or no right candidate at all.
     """
-    _check_ranks(scorer)
     rows = as_rows(rows)
-    if missing := {"query", "relevant"} - set(rows.column_names):
-        raise DataError(
-            f"Queries of a corpus need the columns query and relevant; {sorted(missing)[0]!r} is not there."
-        )
     names = candidates.ids if isinstance(candidates, Cache) else tuple(candidates.store.ids())
-    for number, query in enumerate(rows["query"], start=1):
-        check_row(query, len(scorer.tokenizer), number)
-    places = {str(name): place for place, name in enumerate(names)}
-    right = [_places(given, places, number) for number, given in enumerate(rows["relevant"], start=1)]
+    right = relevant_places(scorer, rows, names)
     judged = [number for number, found in enumerate(right) if found]
-    if not judged:
-        raise DataError(NOTHING_RIGHT)
     cut, ranks = 0, []
     for start in range(0, len(judged), BATCH):
         batch = judged[start : start + BATCH]
@@ -128,6 +118,23 @@ def evaluate_corpus(
             on_done(len(batch))
     kept = [k for k in cutoffs if k <= len(names)]
     return Ranked(_of_ranks(ranks, kept), len(judged), len(names), len(rows) - len(judged), cut)
+
+
+def relevant_places(scorer: Scorer[Any], rows: datasets.Dataset, ids: Sequence[Id]) -> list[list[int]]:
+    """Where among `ids` the right candidates of each query are. Whatever `evaluate_corpus` refuses is refused here, so that no
+    corpus need be encoded in vain."""
+    _check_ranks(scorer)
+    if missing := {"query", "relevant"} - set(rows.column_names):
+        raise DataError(
+            f"Queries of a corpus need the columns query and relevant; {sorted(missing)[0]!r} is not there."
+        )
+    for number, query in enumerate(rows["query"], start=1):
+        check_row(query, len(scorer.tokenizer), number)
+    places = {str(name): place for place, name in enumerate(ids)}
+    right = [_places(given, places, number) for number, given in enumerate(rows["relevant"], start=1)]
+    if not any(right):
+        raise DataError(NOTHING_RIGHT)
+    return right
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from thresher.pairs import store as stores
 from thresher.pairs.cache import Block, check_count, check_ids
 from thresher.pairs.scorer import NO_NUMBER, TOKENS, Scorer
 from thresher.pairs.store import Candidates
+from thresher.pairs.store.base import PresentError
 from thresher.pairs.store.schema import VECTORS
 from thresher.pairs.texts import Text
 
@@ -128,35 +129,43 @@ class Index:
             missing = [
                 one for one, known in zip(given, self.store.contains(i for i, _ in given), strict=True) if not known
             ]
-            if missing:
-                cut += self._keep(missing, batch_tokens)
-            new += len(missing)
-            there += len(given) - len(missing)
+            kept, shortened = self._keep(missing, batch_tokens) if missing else (0, 0)
+            new, there, cut = new + kept, there + len(given) - kept, cut + shortened
             if on_done is not None:
                 on_done(len(given))
         added = Added(new, there, cut)
         added.warn()
         return added
 
-    def _keep(self, candidates: Sequence[tuple[str, Text]], batch_tokens: int) -> int:
-        """Encode and commit; how many were cut."""
+    def _keep(self, candidates: Sequence[tuple[str, Text]], batch_tokens: int) -> tuple[int, int]:
+        """Encode and commit; how many were added, and how many cut."""
         names, texts = [name for name, _ in candidates], [text for _, text in candidates]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=f".*{CUT}")  # counted, and said once for all batches
             cache = self.scorer.encode_candidates(texts, batch_tokens=batch_tokens)
-        self.put(names, cache.data.numpy(), cache.lengths.numpy(), None if cache.terms is None else cache.terms.numpy())
-        return cache.cut
+        terms = None if cache.terms is None else cache.terms.numpy()
+        return self.put(names, cache.data.numpy(), cache.lengths.numpy(), terms), cache.cut
 
-    def put(self, names: Sequence[str], data: np.ndarray, lengths: np.ndarray, terms: np.ndarray | None) -> None:
+    def put(self, names: Sequence[str], data: np.ndarray, lengths: np.ndarray, terms: np.ndarray | None) -> int:
         """Commit candidates that this scorer encoded, wherever that was: data [T, d] float32, lengths [N], terms [N, M].
+
+        Returns how many were added: those that another writer added meanwhile stay as they are.
 
         Raises StoreError as `CandidateStore.add` does.
         """
         extras = None if terms is None else {TERMS: terms}
-        if self.store.schema.ragged:
-            self.store.add(names, data, lengths=lengths, extras=extras)
-        else:
-            self.store.add(names, data.reshape(len(names), -1, data.shape[-1]), extras=extras)
+        try:
+            if self.store.schema.ragged:
+                self.store.add(names, data, lengths=lengths, extras=extras)
+            else:
+                self.store.add(names, data.reshape(len(names), -1, data.shape[-1]), extras=extras)
+        except PresentError as error:
+            left = np.array([name not in error.names for name in names])
+            if not left.any():
+                return 0
+            kept = [name for name, still in zip(names, left, strict=True) if still]
+            return self.put(kept, data[np.repeat(left, lengths)], lengths[left], None if terms is None else terms[left])
+        return len(names)
 
     def score(self, query: Text, ids: Sequence[str] | None = None, *, chunk: int | None = None) -> Tensor:
         """[N] float32 on the scorer's device, in the order of `ids`, or else of `store.ids()`; [N, C] logits where the scorer

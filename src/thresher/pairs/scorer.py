@@ -18,10 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from thresher.errors import DataError, OptionError
 from thresher.model import attach, evaluating, is_attached
 from thresher.pairs.cache import Block, Cache, Id, Storage, check_count
-from thresher.pairs.encoders import open_encoder
+from thresher.pairs.encoders import open_encoder, settings_of
 from thresher.pairs.lexical import Lexical
 from thresher.pairs.reading import longest
-from thresher.pairs.texts import Frame, Text, pairs_of, tokens_of
+from thresher.pairs.texts import Frame, Text, pairs_of, reads_as, tokens_of
 from thresher.policy import PolicyConfig
 from thresher.settings import Settings
 
@@ -225,8 +225,13 @@ class Scorer(nn.Module, Generic[ConfigT]):
         return f"{self.config.kind} {json.dumps(settings, sort_keys=True)}"
 
     def fingerprint(self) -> str:
-        """SHA-256 of signature and weights, hexadecimal: what a store is stamped with. Takes a moment for large models."""
+        """SHA-256 of signature, weights, tokenizer and the encoder's settings, hexadecimal: what a store is stamped with.
+
+        Takes a moment for large models.
+        """
         digest = hashlib.sha256(self.signature.encode())
+        read = [settings_of(self.encoder), reads_as(self.tokenizer)]
+        digest.update(json.dumps(read, sort_keys=True, default=str).encode())
         for name, value in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

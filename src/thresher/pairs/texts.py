@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,14 @@ class Read:
 
     rows: list[list[int]]
     cut: int
+
+
+def reads_as(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """What of a tokenizer decides how a text is read, for JSON; not how long it may be, which every call sets anew."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # one that is written in Python
+        return [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.special_tokens_map]
+    return {name: part for name, part in json.loads(backend.to_str()).items() if name not in ("truncation", "padding")}
 
 
 def tokens_of(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, room: int) -> Read:

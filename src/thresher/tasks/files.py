@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import codecs
 import csv
 import gzip
@@ -26,6 +27,9 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".tsv
 # Only what is written back the same: "007" and a number too long for its type are names, and stay text.
 _INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")
 _FLOAT = re.compile(r"-?((0|[1-9]\d{0,14})(\.\d*)?|\.\d+)([eE][+-]?\d{1,2})?")
+
+_IDS = ("id", "relevant")  # fields that hold names, where whole numbers may not become others
+_NO_COLUMN = (pa.ArrowException, ValueError, OverflowError, TypeError)  # what pyarrow raises for values that make none
 
 
 def data_suffix(path: Path) -> str | None:
@@ -133,28 +137,66 @@ def _columns(path: Path, unit: str, rows: Sequence[tuple[int, Any]]) -> dict[str
             )
     if not first:
         raise DataError(f"{path}, {unit} {first_number}: the rows have no fields.")
+    for field in first:
+        if problem := _refused(field):
+            raise DataError(f"{path}, {unit} {first_number}: the name of the field {field!r} {problem}.")
     return {field: _array(path, unit, field, [(number, row[field]) for number, row in rows]) for field in first}
 
 
-def _array(path: Path, unit: str, field: str, values: list[tuple[int, Any]]) -> pa.Array:
+def _array(path: Path, unit: str, field: str, numbered: list[tuple[int, Any]]) -> pa.Array:
+    values = [value for _, value in numbered]
+    _check_ids(path, unit, field, numbered)
     try:
-        return pa.array([value for _, value in values])
-    except (pa.ArrowException, ValueError, OverflowError, TypeError) as error:
-        kinds: dict[str, int] = {}  # name of a type → the first line that has it
-        for number, value in values:
-            if value is not None:
-                kinds.setdefault(type(value).__name__, number)
-        if len(kinds) > 1:
-            (kind, here), (other, there) = list(kinds.items())[:2]
-            raise DataError(
-                f"{path}, {unit} {there}: the field '{field}' is of type {other}, "
-                f"but in {unit} {here} it is of type {kind}."
-            ) from error
-        raise DataError(f"{path}: the field '{field}' cannot be made a column: {str(error).rstrip('.')}.") from error
+        return pa.array(values)
+    except _NO_COLUMN as error:
+        # The error tells no row: it is the first with which those before it make no column.
+        place = bisect.bisect_left(range(len(values)), True, key=lambda last: bool(_refused(*values[: last + 1])))
+        number, value = numbered[place]
+        alone = _refused(value)
+        for other, before in numbered[:place]:
+            if not alone and before is not None and type(before) is not type(value):
+                raise DataError(
+                    f"{path}, {unit} {number}: the field '{field}' is of type {type(value).__name__}, "
+                    f"but in {unit} {other} it is of type {type(before).__name__}."
+                ) from error
+        problem = alone or _refused(*values[: place + 1])
+        raise DataError(f"{path}, {unit} {number}: the field '{field}' {problem}.") from error
+
+
+def _refused(*values: Any) -> str:
+    """Why values make no column, a sentence without its subject and its full stop; "" where they make one."""
+    try:
+        pa.array(values)
+    except UnicodeEncodeError as error:
+        return f"has half a character (a lone surrogate), at {error.start}; write the whole one, or leave it out"
+    except OverflowError:
+        return "has a whole number that does not fit into 64 bits; write the numbers of this field as texts"
+    except _NO_COLUMN as error:
+        return f"cannot be made a column: {str(error).rstrip('.')}; write values of one type in all rows"
+    return ""
+
+
+def _check_ids(path: Path, unit: str, field: str, numbered: list[tuple[int, Any]]) -> None:
+    """Raises DataError for ids of which some are whole numbers and some are not: a column would make 1.0 of 1, another id."""
+    if field not in _IDS:
+        return
+    seen: dict[type, tuple[int, Any]] = {}  # type → the first row that has it
+    for number, value in numbered:
+        # Beside a query's list of relevant ids, `relevant` may be the name of a score.
+        for name in value if isinstance(value, list) else [value] * (field == "id"):
+            seen.setdefault(type(name), (number, name))
+    if {int, float} <= seen.keys():
+        (number, name), (other, whole) = seen[float], seen[int]
+        raise DataError(
+            f"{path}, {unit} {number}: the field '{field}' is {name!r}, and in {unit} {other} it is {whole!r}; "
+            "ids are whole numbers, or all of them texts."
+        )
 
 
 def _separated(path: Path, content: bytes, separator: str) -> dict[str, list[Any]]:
-    """Columns of a .csv or .tsv; a column of nothing but numbers, or of numbers and gaps, becomes numbers and nulls."""
+    """Columns of a .csv or .tsv; a column of nothing but numbers, or of numbers and gaps, becomes numbers and nulls.
+
+    Ids become numbers only where all of them are whole."""
     csv.field_size_limit(2**31 - 1)  # the limit is the process's, and documents are longer than its default of 131,072
     # Tab-separated files are written without quoting as a rule, and a stray quotation mark would swallow lines.
     stream = io.StringIO(_text(path, 1, content), newline="")
@@ -183,13 +225,11 @@ def _separated(path: Path, content: bytes, separator: str) -> dict[str, list[Any
         raise DataError(f"{path}, line {start}: this is not a valid row ({error}).") from error
     if not rows:
         raise DataError(f"{path} holds a header but no rows.")
-    return {name: _numbers(list(column)) for name, column in zip(header, zip(*rows, strict=True), strict=True)}
+    return {name: _numbers(name, list(column)) for name, column in zip(header, zip(*rows, strict=True), strict=True)}
 
 
-def _numbers(column: list[str]) -> list[Any]:
+def _numbers(name: str, column: list[str]) -> list[Any]:
     filled = [value for value in column if value]
-    kind = next(
-        (kind for kind, form in ((int, _INTEGER), (float, _FLOAT)) if all(form.fullmatch(value) for value in filled)),
-        None,
-    )
+    forms = ((int, _INTEGER), (float, _FLOAT))[: 1 if name == "id" else 2]
+    kind = next((kind for kind, form in forms if all(form.fullmatch(value) for value in filled)), None)
     return column if kind is None or not filled else [kind(value) if value else None for value in column]

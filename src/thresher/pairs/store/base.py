@@ -82,10 +82,19 @@ def check_size(size: Any) -> None:
         raise StoreError(f"The size of a chunk must be a whole number of at least 1, not {size!r}.")
 
 
+class PresentError(StoreError):
+    """Ids that were to be added are in the store already. names: which."""
+
+    def __init__(self, names: Sequence[str], place: Any) -> None:
+        are = "is" if len(names) == 1 else "are"
+        super().__init__(str(refuse(names, f"{are} in {place} already; use update to replace.")))
+        self.names = frozenset(names)
+
+
 def refuse_present(names: Sequence[str], place: Any) -> None:
-    """Raises StoreError for ids that are here already."""
+    """Raises PresentError for ids that are here already."""
     if names:
-        raise refuse(names, f"{'is' if len(names) == 1 else 'are'} in {place} already; use update to replace.")
+        raise PresentError(names, place)
 
 
-__all__ = ["BaseStore", "another_kind", "check_size", "closed_handle", "refuse_present"]
+__all__ = ["BaseStore", "PresentError", "another_kind", "check_size", "closed_handle", "refuse_present"]

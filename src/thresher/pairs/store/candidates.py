@@ -146,7 +146,7 @@ class CandidateStore(BaseStore):
     @property
     def origin(self) -> str | None:
         """Where the scorer lies that filled it, as `remember_origin` was told."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
             return (self.directory / ORIGIN).read_text(encoding="utf-8") or None
         return None
 

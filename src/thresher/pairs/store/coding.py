@@ -147,7 +147,8 @@ def _columns(field: Field, values: Any, ids: Sequence[str], offsets: Array) -> d
             whose = ids[int(np.searchsorted(offsets, start + bad, "right")) - 1]
             if block.dtype.kind == "f" and not np.isfinite(block[bad]).all():
                 raise StoreError(f"{field.name} of id {whose!r} holds NaN or an infinite number.")
-            raise StoreError(f"{field.name} of id {whose!r} holds a number that does not fit {field.dtype}.")
+            wider = "; a store of its own with dtype float32 keeps it" if field.dtype == "float16" else ""
+            raise StoreError(f"{field.name} of id {whose!r} holds a number that does not fit {field.dtype}{wider}.")
     return {field.name: stored} if scales is None else {f"{field.name}.scales": scales, field.name: stored}
 
 

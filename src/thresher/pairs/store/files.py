@@ -41,7 +41,9 @@ def no_store(place: object) -> NoStoreError:
 
 
 def damaged(path: Path, reason: str) -> StoreError:
-    return StoreError(f"{path} is damaged ({reason}); restore it from a copy, or index the candidates again.")
+    return StoreError(
+        f"{path} is damaged ({reason}); restore it from a copy, or remove it and index the candidates anew."
+    )
 
 
 def write_file(directory: Path, name: str, blocks: Iterable[Block]) -> FileEntry:
@@ -94,7 +96,9 @@ def mapped(directory: Path, entry: FileEntry) -> mmap.mmap:
                 raise damaged(path, f"it has {size} bytes, not {entry.size}")
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError as error:
-        raise MissingFileError(f"{path} is missing; restore it from a copy, or index the candidates again.") from error
+        raise MissingFileError(
+            f"{path} is missing; restore it from a copy, or remove it and index the candidates anew."
+        ) from error
     except OSError as error:
         raise StoreError(f"Could not read {path}: {error.strerror or error}.") from error
 

@@ -33,7 +33,11 @@ ORIGIN = "thresher.origin"
 IDS_AT_ONCE = 4096
 READ_AHEAD = 64 << 20  # bytes of a scan that are on their way
 ATTEMPTS = 20
-CONFLICT = "Too many concurrent writers"  # how Lance says that another change came first
+CONFLICTS = (
+    "Too many concurrent writers",
+    "incompatible with concurrent",
+)  # how Lance says that another change came first
+LEFT = ("_versions", "_transactions")  # what a creation that was killed leaves behind
 SMALL = 1 << 20  # rows; fragments below it are merged
 FAN = 64  # as many small fragments are too many
 SHOWN = 300  # characters of what Lance says
@@ -73,11 +77,15 @@ class LanceStore(BaseStore):
         """
         schema = Schema(fingerprint, strategy, k, dim, dtype, ragged, extra_fields(extras))
         place = str(directory)
-        if "://" not in place and Path(place).exists() and (not Path(place).is_dir() or any(Path(place).iterdir())):
-            what = "holds files already" if Path(place).is_dir() else "is a file"
-            raise StoreError(f"{place} {what}; give a new directory for the store, or open it if it is one.")
+        _refuse_a_file(place)
+        if "://" not in place and _holds_files(Path(place)):
+            raise StoreError(
+                f"{place} holds files already; give a new directory for the store, or open it if it is one."
+            )
         with _told(place, "create"):
-            return cls(lance.write_dataset(arrow.arrow_schema(schema, FORMAT).empty_table(), place, mode="create"))
+            # Not write_dataset, which writes over what another creation has committed meanwhile.
+            nothing = lance.LanceOperation.Overwrite(arrow.arrow_schema(schema, FORMAT), [])
+            return cls(lance.LanceDataset.commit(place, nothing, max_retries=0))
 
     @classmethod
     def open(
@@ -94,6 +102,7 @@ class LanceStore(BaseStore):
 
         Raises StoreError.
         """
+        _refuse_a_file(str(directory))
         with _told(str(directory), "open"):
             store = cls(lance.dataset(str(directory)))
         store.schema.require(
@@ -147,10 +156,11 @@ class LanceStore(BaseStore):
             return self._data.config().get(ORIGIN)  # type: ignore[no-any-return]
 
     def remember_origin(self, origin: str) -> None:
-        if self.origin != origin:
-            with _told(self.directory, "change"):
-                self._data.update_config({ORIGIN: origin})
-            self.refresh()
+        def change(data: lance.LanceDataset) -> None:
+            if self.origin != origin:
+                data.update_config({ORIGIN: origin})
+
+        self._change(change, True)
 
     @property
     def nbytes(self) -> int:
@@ -169,8 +179,8 @@ class LanceStore(BaseStore):
                 wrong = arrow.damaged_rows(self.schema, found)
             if wrong:
                 raise StoreError(
-                    f"{self.directory} is damaged (the checksum of id {wrong[0]!r} differs); restore it from a copy, or index "
-                    "the candidates again."
+                    f"{self.directory} is damaged (the checksum of id {wrong[0]!r} differs); restore it from a copy, or "
+                    "remove it and index the candidates anew."
                 )
 
     # Reading.
@@ -317,6 +327,18 @@ class _Conflict(StoreError):
     """Another change came first."""
 
 
+def _refuse_a_file(place: str) -> None:
+    if "://" not in place and Path(place).exists() and not Path(place).is_dir():
+        raise StoreError(f"{place} is a file; give a new directory for the store, or that of one.")
+
+
+def _holds_files(directory: Path) -> bool:
+    """Whether there is anything that a creation which was killed would not have left."""
+    if not directory.is_dir():
+        return False
+    return any(path.name not in LEFT for path in directory.iterdir()) or any(directory.glob("_versions/*.manifest"))
+
+
 def _among(names: Iterable[str]) -> str:
     quoted = ", ".join("'" + name.replace("'", "''") + "'" for name in names)
     return f"{ID} IN ({quoted})"
@@ -330,7 +352,7 @@ def _schema_of(data: lance.LanceDataset) -> Schema:
             return Schema.from_dict(found[1])
     except (ValueError, KeyError, TypeError, AttributeError, StoreError) as error:
         raise StoreError(
-            f"{data.uri} is damaged ({type(error).__name__}: {error}); index the candidates again."
+            f"{data.uri} is damaged ({type(error).__name__}: {error}); remove it and index the candidates anew."
         ) from error
     if found is None:
         raise StoreError(f"{data.uri} is a Lance table, but no candidate store; give that of a store, or a new place.")
@@ -348,12 +370,13 @@ def _told(place: str, what: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, pa.ArrowException) as error:
         said = _plain(str(error))
-        if CONFLICT in said:
+        if any(words in said for words in CONFLICTS):
             raise _Conflict(said) from error
-        if what != "create" and "was not found" in said and "_versions" in said:
+        missing = "was not found" in said and "_versions" in said
+        if missing and what != "create":
             raise no_store(place) from error
-        if "already exists" in said:
-            raise StoreError(f"{place} holds a table already; open it, or remove it first.") from error
+        if missing or "already exists" in said:
+            raise StoreError(f"{place} holds a table already; open it, or give another place.") from error
         raise StoreError(f"Could not {what} {place}: {said}.") from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # what a damaged file makes of Lance now and then
