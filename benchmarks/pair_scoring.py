@@ -59,8 +59,8 @@ class Way:
     settings: dict[str, Any] = field(default_factory=dict)
     loss: PairLoss = SHARP
 
-    def make(self, data: str) -> Any:
-        torch.manual_seed(0)
+    def make(self, data: str, seed: int = 0) -> Any:
+        torch.manual_seed(seed)
         query, candidate = LENGTHS[data]
         return SCORERS[self.kind].from_encoder(minilm(), max_query=query, max_candidate=candidate, **self.settings)
 
@@ -108,7 +108,7 @@ def options(description: str | None, parts: list[str]) -> argparse.ArgumentParse
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-5)
     parser.add_argument("--hard", type=int, default=1, help="wrong candidates of its own that a query brings")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of train and learn, one training each")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--limit", type=int, help="at most so many rows of any split; records nothing")
     return parser
@@ -126,34 +126,40 @@ def train_all(args: argparse.Namespace) -> None:
 
 
 def learned(args: argparse.Namespace, name: str, way: Way, file: str = "pair_quality") -> dict[str, float]:
-    """Train `way` (or load what was trained), evaluate it, and record its quality."""
-    place = _place(args, name)
-    if (place / "scorer.json").is_file():
-        made = load(place)
-    else:
-        made = way.make(args.name)
-        if args.passes:
-            _train(args, made, way, args.out / f"{place.name}.training")
-        made.save(place)
-    found = _evaluated(args, made)
-    print(f"{args.name} {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.metrics.items()), flush=True)
+    """Train `way` with each seed (or load what was trained), evaluate it, and record its quality, a mean over the seeds."""
+    each = [_evaluated(args, _trained(args, name, way, seed)) for seed in args.seeds]
+    metrics = {k: mean(one.metrics[k] for one in each) for k in each[0].metrics}
+    print(f"{args.name} {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()), flush=True)
     if not args.limit:
-        shown = {k: round(100 * v, 2) for k, v in found.metrics.items() if k not in ("MRR", "P@1")}
+        shown: dict[str, Any] = {k: round(100 * v, 2) for k, v in metrics.items() if k not in ("MRR", "P@1")}
+        if len(each) > 1:
+            shown["each"] = [round(100 * one.metrics["MRR"], 2) for one in each]
         record(
             file,
             _learned_id(args, name),
             f"MRR, {name}",
-            100 * found.metrics["MRR"],
+            100 * metrics["MRR"],
             "%",
             spread=shown,
             cell=("MRR (recall among the candidates, MAP), %", name, args.name),
             data=args.name,
             split=EVALUATED[args.name],
-            examples=found.queries,
-            seeds=[args.seed],
+            examples=each[0].queries,
+            seeds=args.seeds,
             note=f"MiniLM-L6, {way.settings}, {args.passes} queries learned from, in batches of {args.batch_size}",
         )
-    return found.metrics
+    return metrics
+
+
+def _trained(args: argparse.Namespace, name: str, way: Way, seed: int) -> Any:
+    place = _place(args, name, seed)
+    if (place / "scorer.json").is_file():
+        return load(place)
+    made = way.make(args.name, seed)
+    if args.passes:
+        _train(args, made, way, seed, args.out / f"{place.name}.training")
+    made.save(place)
+    return made
 
 
 def _learned_id(args: argparse.Namespace, name: str) -> str:
@@ -185,16 +191,17 @@ def order(args: argparse.Namespace) -> None:
             spread={form: round(one, 2) for form, one in zip("abc", values, strict=True)},
             data=args.name,
             split=EVALUATED[args.name],
-            seeds=[args.seed],
+            seeds=found["dual"]["seeds"] if found["dual"] else [],
             note=f"{args.passes} queries learned from",
         )
 
 
-def _place(args: argparse.Namespace, name: str) -> Path:
-    return args.out / f"{args.name}-{name}-{args.passes}{f'-of-{args.limit}' if args.limit else ''}"
+def _place(args: argparse.Namespace, name: str, seed: int = 0) -> Path:
+    more = f"{f'-of-{args.limit}' if args.limit else ''}{f'-seed-{seed}' if seed else ''}"
+    return args.out / f"{args.name}-{name}-{args.passes}{more}"
 
 
-def _train(args: argparse.Namespace, made: Any, way: Way, work: Path) -> None:
+def _train(args: argparse.Namespace, made: Any, way: Way, seed: int, work: Path) -> None:
     rows = _rows(args, "train")
     train(
         made,
@@ -204,7 +211,7 @@ def _train(args: argparse.Namespace, made: Any, way: Way, work: Path) -> None:
         hard=args.hard,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
-        seed=args.seed,
+        seed=seed,
         max_steps=max(1, args.passes // args.batch_size),
         use_cpu=not torch.cuda.is_available(),
         progress=False,
@@ -224,7 +231,7 @@ def _evaluated(args: argparse.Namespace, made: Any) -> Any:
 def _rows(args: argparse.Namespace, split: str, *, every: bool = False) -> datasets.Dataset:
     """every: all of them, --limit or not: a corpus with holes lacks what queries ask for."""
     limit = None if every else args.limit
-    return load_rows(args.data_dir / args.name, split=split, limit=limit, seed=args.seed if limit else None)
+    return load_rows(args.data_dir / args.name, split=split, limit=limit, seed=0 if limit else None)
 
 
 # What it costs.
@@ -269,7 +276,7 @@ def measured(args: argparse.Namespace, made: dict[str, Any], what: str) -> None:
             flush=True,
         )
         if not args.limit:
-            about = {"data": args.name, "split": EVALUATED[args.name], "examples": len(texts), "seeds": [args.seed]}
+            about = {"data": args.name, "split": EVALUATED[args.name], "examples": len(texts), "seeds": [0]}
             note = f"1 query, {len(texts)} candidates encoded beforehand; {torch.get_num_threads()} threads"
             record(
                 "pair_speed" if what == "speed" else "pair_forms_speed",
