@@ -259,7 +259,7 @@ def adaptivity(bench: Bench) -> None:
         for (index, _), trace in zip(ready, run(model, ready).traces, strict=True):
             dense = [dense_flops(policy.geometry, n) for n in trace.original]
             spent[index] = np.array(flops(trace, policy.geometry, policy)) / dense
-        shown = np.arange(min(300, len(spent)))
+        shown = np.arange(min(60, len(spent)))
         for name, (_, values) in against.items():
             series[name].append(Series(method, tuple(values[shown].tolist()), tuple(spent[shown].tolist()), "points"))
             bench.record(
