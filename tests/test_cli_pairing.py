@@ -265,7 +265,7 @@ def test_a_damaged_store_is_not_ranked(place: Path, tmp_path: Path) -> None:
     some.write_text("0\n")
     for at in (8, len(content) // 2, len(content) - 2):  # where ids are looked up, and in the vectors
         segment.write_bytes(content[:at] + bytes([content[at] ^ 64]) + content[at + 1 :])
-        fails(*rank, match="is damaged .* restore it from a copy, or remove it and index the candidates anew")
+        fails(*rank, match="is damaged .* restore it from a copy, or remove the store and index its candidates anew")
         fails(*rank, "--ids", some, match="is damaged")
     segment.write_bytes(content[:-1])
     fails(*rank, match="is damaged")

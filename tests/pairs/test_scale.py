@@ -192,12 +192,8 @@ def test_a_killed_worker_is_replaced(saved: Path, tmp_path: Path, monkeypatch: p
 @pytest.mark.skipif(os.name != "posix", reason="a terminal's signal to a group of processes")
 def test_ctrl_c_while_workers_start_is_one_sentence(saved: Path, tmp_path: Path) -> None:
     """The terminal interrupts every process of a command: the one that was asked answers, and its workers say nothing."""
-    file = tmp_path / "passages.jsonl"
-    file.write_text("".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in ROWS))
-    words = ["-m", "thresher.cli", "index", file, "--model", saved, "--store", tmp_path / "store", "--workers", "2"]
-    run = subprocess.Popen(
-        [sys.executable, *map(str, words)], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    words = _indexing(saved, tmp_path)
+    run = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
     while not (workers := _spawned(run.pid)) and time.monotonic() < deadline and run.poll() is None:
         time.sleep(0.02)
@@ -214,10 +210,8 @@ def test_ctrl_c_while_workers_start_is_one_sentence(saved: Path, tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="looks for processes with ps")
 def test_workers_end_with_a_process_that_is_killed(saved: Path, tmp_path: Path) -> None:
-    file = tmp_path / "passages.jsonl"
-    file.write_text("".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in ROWS))
-    words = ["-m", "thresher.cli", "index", file, "--model", saved, "--store", tmp_path / "store", "--workers", "2"]
-    run = subprocess.Popen([sys.executable, *map(str, words), "--batch", "1"], start_new_session=True)
+    words = _indexing(saved, tmp_path)
+    run = subprocess.Popen([*words, "--batch", "1"], start_new_session=True)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "store").glob("segment-*")) and time.monotonic() < deadline and run.poll() is None:
         time.sleep(0.02)
@@ -228,6 +222,14 @@ def test_workers_end_with_a_process_that_is_killed(saved: Path, tmp_path: Path) 
     while any(_runs(worker) for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(_runs(worker) for worker in workers)
+
+
+def _indexing(saved: Path, folder: Path) -> list[str]:
+    """The command line that fills `folder`/store with ROWS by two workers."""
+    file = folder / "passages.jsonl"
+    file.write_text("".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in ROWS))
+    words = ["-m", "thresher.cli", "index", file, "--model", saved, "--store", folder / "store", "--workers", 2]
+    return [sys.executable, *map(str, words)]
 
 
 def _runs(process: int) -> bool:

@@ -73,7 +73,7 @@ class _StageTrainer(Trainer):
                     continue
                 own = name.startswith("policy.") and not name.startswith(along)
                 rate = stage.policy_learning_rate if own else stage.learning_rate
-                if along and name.startswith(along) and stage.predictor_learning_rate is not None:
+                if name.startswith(along) and stage.predictor_learning_rate is not None:
                     rate = stage.predictor_learning_rate
                 if name.startswith("exit."):
                     rate = stage.exit_learning_rate

@@ -42,7 +42,7 @@ def no_store(place: object) -> NoStoreError:
 
 def damaged(path: Path, reason: str) -> StoreError:
     return StoreError(
-        f"{path} is damaged ({reason}); restore it from a copy, or remove it and index the candidates anew."
+        f"{path} is damaged ({reason}); restore it from a copy, or remove the store and index its candidates anew."
     )
 
 
@@ -97,7 +97,7 @@ def mapped(directory: Path, entry: FileEntry) -> mmap.mmap:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError as error:
         raise MissingFileError(
-            f"{path} is missing; restore it from a copy, or remove it and index the candidates anew."
+            f"{path} is missing; restore it from a copy, or remove the store and index its candidates anew."
         ) from error
     except OSError as error:
         raise StoreError(f"Could not read {path}: {error.strerror or error}.") from error

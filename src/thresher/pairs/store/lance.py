@@ -33,10 +33,8 @@ ORIGIN = "thresher.origin"
 IDS_AT_ONCE = 4096
 READ_AHEAD = 64 << 20  # bytes of a scan that are on their way
 ATTEMPTS = 20
-CONFLICTS = (
-    "Too many concurrent writers",
-    "incompatible with concurrent",
-)  # how Lance says that another change came first
+# How Lance says that another change came first.
+CONFLICTS = ("Too many concurrent writers", "incompatible with concurrent")
 LEFT = ("_versions", "_transactions")  # what a creation that was killed leaves behind
 SMALL = 1 << 20  # rows; fragments below it are merged
 FAN = 64  # as many small fragments are too many
