@@ -26,7 +26,7 @@ from thresher.training import run_stage
 IMAGES = Path(__file__).parent.parent / "docs" / "img"
 DATA = {
     # name: most tokens, epochs of the start, the split that is judged
-    "imdb": (256, 1.0, "test"),
+    "imdb": (256, 0.5, "test"),
     "eraser_movies": (512, 4.0, "test"),
     "ag_news": (128, 3.0, "test"),
     "sst2": (64, 1.0, "validation"),
