@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,11 +34,13 @@ from thresher.outputs import NO_ANSWER
 from thresher.packed import PackedTokens
 from thresher.parts.blocks import Blocks
 from thresher.policy import Geometry, Point, Trace
+from thresher.tasks.answering import QuestionTask
 from thresher.training.learner import Learner
 from thresher.training.stages import run_stage
 
 CLOSE = 1e-4
 SIZES = (31, 9, 22, 3)
+NINTH = {"text": ["w12"], "answer_start": [4]}
 
 
 def attached(family: str = "bert", head: str = "question-answering", **settings: Any) -> Any:
@@ -562,6 +565,21 @@ def test_act_does_nothing_at_other_points() -> None:
     tokens = PackedTokens.pack(torch.zeros(1, 3, 2))
     for point in (Point.BEFORE_LAYER, Point.AFTER_LAYER):
         assert policy.act(point, 2, tokens, None, Trace()) is tokens
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_after_a_fit_the_question_stays_also_where_tokens_have_no_types(family: str, tmp_path: Path) -> None:
+    names = tokenizer()
+    asked = [{"question": "w5 w6 w7 w8 w9 w10", "context": "w11 w12 w13 w14", "answers": NINTH} for _ in range(8)]
+    rows = QuestionTask(48).encode(asked, names, labelled=True, training=True).rows
+    options: dict[str, Any] = {"overrides": {"epochs": 1.0}, "progress": False, "precision": "float32"}
+    model = make(family, "question-answering")
+    thresher.fit(model, thresher.BlockSkim(block=2, threshold=1.0), rows, names, tmp_path, **options)
+    given = names("w5 w6 w7 w8 w9 w10", "w11 w12 w13 w14", return_tensors="pt")
+    if family == "distilbert":
+        given.pop("token_type_ids")
+    _, trace = traced(model, dict(given))
+    assert [int(layer) > 0 for layer in trace.dropped_at()[0]] == [False] * 8 + [True] * 5
 
 
 @pytest.mark.parametrize(

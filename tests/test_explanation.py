@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
-from transformers import DistilBertConfig
+from transformers import BertForQuestionAnswering, DistilBertConfig
 
 import thresher
 from helpers import build, config_of, make, tokenizer
 from thresher.errors import OptionError
 from thresher.exits import Confidence, TokEE
-from thresher.explanation import answer, explain
+from thresher.explanation import Span, answer, explain
 from thresher.model import exit_of
 from thresher.tasks.features import DEFAULT_MAX_LENGTH
 
@@ -77,13 +78,46 @@ def test_the_answers_in_words() -> None:
 
 
 def test_the_answer_of_a_span_model_lies_in_the_context() -> None:
-    pieces = ["[CLS] ", "who", " [SEP] ", "it", " was", " me", " [SEP]"]
-    ids = [None, 0, None, 1, 1, 1, None]
-    start = torch.tensor([[9.0, 8.0, 0.0, 0.0, 5.0, 0.0, 0.0]])
-    end = torch.tensor([[9.0, 8.0, 0.0, 4.0, 0.0, 3.0, 9.0]])
-    said = {"start_logits": start, "end_logits": end}
-    assert answer(said, None, pieces, ids) == "was me"
-    assert answer(said, None, pieces, [None] * 7) == ""
+    start = torch.tensor([9.0, 8.0, 0.0, 0.0, 5.0, 0.0, 0.0])
+    end = torch.tensor([9.0, 8.0, 0.0, 4.0, 0.0, 3.0, 9.0])
+    offsets = [(0, 0), (0, 3), (0, 0), (0, 2), (3, 6), (7, 9), (0, 0)]
+    inside = torch.tensor([False, False, False, True, True, True, False])
+    found = Span.best(start, end, inside, offsets, "it was me")
+    assert (found.text, found.place, found.score, found.null) == ("was me", (4, 6), 8.0, 18.0)
+    nothing = Span.best(start, end, inside & False, offsets, "\u0301")  # no token of the context was read
+    assert (nothing.text, nothing.place, nothing.score) == ("", None, -math.inf)
+
+
+class SureForQuestionAnswering(BertForQuestionAnswering):
+    """Answers with the word `sure`, and more surely the more often it stands there."""
+
+    sure = "w9"
+
+    def forward(self, input_ids: torch.Tensor, **others: Any) -> Any:
+        said = super().forward(input_ids, **others)
+        there = (input_ids == tokenizer().convert_tokens_to_ids(self.sure)).float()
+        logits = 10 * there + there.sum() - (there.cumsum(1) > 1).float()
+        return said.__class__(start_logits=logits, end_logits=logits)
+
+
+def test_of_several_windows_the_one_with_the_best_answer_shows_it() -> None:
+    model = thresher.attach(SureForQuestionAnswering(config_of("bert", num_labels=2)).eval())
+    texts = [("w5", "w6 w9 w7"), ("w5", "w9 w8 w9"), ("w6", "w7 w9")]
+    maps = explain(model, tokenizer(), texts, questions=[0, 0, 1])
+    assert [one.note for one in maps] == ["", "w9", "w9"]
+    assert [one.answer for one in maps] == [None, (3, 4), (4, 5)]
+    assert [one.note for one in explain(model, tokenizer(), texts, questions=[0, 0, 1], threshold=-99.0)] == [
+        "",
+        "no answer",
+        "no answer",
+    ]
+
+
+def test_a_question_is_never_the_answer_and_a_special_token_written_out_is_text() -> None:
+    model = thresher.attach(SureForQuestionAnswering(config_of("bert", num_labels=2)).eval())
+    nothing, split = explain(model, tokenizer(), [("w9", "\u0301"), ("w5 [SEP]", "w9 [SEP] w6")])
+    assert (nothing.note, nothing.answer) == ("", None)
+    assert split.tokens.count(" [SEP] ") == 1 and split.note == "w9"
 
 
 def test_the_answer_of_a_tagger() -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from thresher.attribution import Method, saliency
 from thresher.errors import OptionError
 from thresher.exits import Exit, TokEEExit
 from thresher.model import attachment_of, evaluating, find_encoder
+from thresher.outputs import answers_with_spans
 from thresher.policy import Trace, tracing
 from thresher.report.tokens import TokenMap, surface_tokens
 from thresher.tasks.features import DEFAULT_MAX_LENGTH
+from thresher.tasks.spans import with_marks
 
 TITLE_LENGTH = 60
 LONGEST_SPAN = 30  # tokens of an extracted answer
@@ -31,6 +34,7 @@ def explain(
     max_length: int | None = None,
     *,
     threshold: float | None = None,
+    questions: Sequence[int] | None = None,
     salient: Method | None = None,
 ) -> list[TokenMap]:
     """What an attached model read of each text, with its answer as the note; an answer that is a piece of the text is marked.
@@ -40,6 +44,8 @@ def explain(
     texts: single texts, or pairs as tuples. tokenizer: the model's own, a fast one, since surface text needs offsets.
     max_length: tokens read at most; None for what the tokenizer says the model reads, but at most 512.
     threshold: of a span model, by how much "no answer" must score above the best answer to be given; None: never.
+    questions: of a span model, the question that each text is a window of, of which the window with the best answer shows
+        it; None: each text is a question of its own.
     salient: how to measure what each token matters for the answer, see `thresher.saliency`; None: not at all.
     """
     if not getattr(tokenizer, "is_fast", False):
@@ -47,12 +53,14 @@ def explain(
     encoder = find_encoder(model)
     layers, exit = attachment_of(model).engine.entrance.calls, attachment_of(model).exit
     limit = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH) if max_length is None else max_length
-    maps, read = [], []
+    # Answers are looked for in a text as it is written, where a special token is text too.
+    options = {"split_special_tokens": True} if answers_with_spans(encoder) else {}
+    maps, read, spans = [], [], []
     with evaluating(model), torch.inference_mode():
         for text in texts:
             sides = [text] if isinstance(text, str) else list(text)
             encoded = tokenizer(
-                *sides, truncation=True, max_length=limit, return_offsets_mapping=True, return_tensors="pt"
+                *sides, truncation=True, max_length=limit, return_offsets_mapping=True, return_tensors="pt", **options
             )
             offsets = [(int(start), int(end)) for start, end in encoded.pop("offset_mapping")[0]]
             sequence_ids = encoded.sequence_ids(0)
@@ -62,10 +70,16 @@ def explain(
             with tracing(record=True) as traces:
                 outputs = encoder(**encoded.to(encoder.device))
             dropped = [layer or None for layer in traces[-1].dropped_at()[0].tolist()]
-            note = answer(outputs, encoder.config, pieces, sequence_ids, threshold)
-            place = _span(outputs, sequence_ids, threshold) if "start_logits" in outputs else None
-            one = TokenMap(_title(sides), tuple(pieces), tuple(dropped), layers, note, place)
+            if answers_with_spans(encoder):
+                inside = torch.tensor([side == len(sides) - 1 for side in sequence_ids])
+                spans.append(
+                    Span.best(outputs["start_logits"][0], outputs["end_logits"][0], inside, offsets, sides[-1])
+                )
+            note = answer(outputs, encoder.config, pieces, sequence_ids)
+            one = TokenMap(_title(sides), tuple(pieces), tuple(dropped), layers, note)
             maps.append(one if exit is None else replace(one, **_early(traces[-1], exit)))
+    if spans:
+        maps = _answered(maps, spans, range(len(maps)) if questions is None else questions, threshold)
     if salient is None or not maps:
         return maps
     scores = saliency(model, dict(tokenizer.pad(read, return_tensors="pt")), salient)
@@ -88,19 +102,52 @@ def _title(sides: list[str]) -> str:
     return title if len(title) <= TITLE_LENGTH else title[: TITLE_LENGTH - 1].rstrip() + "…"
 
 
-def answer(
-    outputs: Any,
-    config: Any,
-    pieces: Sequence[str],
-    sequence_ids: Sequence[int | None],
-    threshold: float | None = None,
-) -> str:
-    """What the model says about one row, in words: a class and its probability, a value, an answer span, tags, or nothing."""
-    if "start_logits" in outputs:
-        place = _span(outputs, sequence_ids, threshold)
-        if place is None:
-            return "" if threshold is None else "no answer"
-        return "".join(pieces[slice(*place)]).strip()
+@dataclass(frozen=True)
+class Span:
+    """The best answer inside one text. place: [first, end) in tokens; None where there is none to give, of score -inf. score:
+    start + end logit. null: that of [CLS], which says that there is no answer."""
+
+    text: str
+    place: tuple[int, int] | None
+    score: float
+    null: float
+
+    @classmethod
+    def best(
+        cls, starts: Tensor, ends: Tensor, inside: Tensor, offsets: Sequence[tuple[int, int]], context: str
+    ) -> Span:
+        """starts, ends: [N] logits. inside: [N] bool, the tokens of the context. offsets: of each token, in its text."""
+        start, end = starts.float().cpu(), ends.float().cpu()
+        outside = ~inside | (start <= DROPPED) | (end <= DROPPED)
+        scores = start.masked_fill(outside, -torch.inf)[:, None] + end.masked_fill(outside, -torch.inf)[None, :]
+        allowed = torch.ones_like(scores, dtype=torch.bool).triu().tril(LONGEST_SPAN - 1)
+        scores = scores.masked_fill(~allowed, -torch.inf)
+        score, null = float(scores.max()), float(start[0] + end[0])
+        if score == -torch.inf:
+            return cls("", None, score, null)
+        first, last = divmod(int(scores.argmax()), len(start))
+        text = context[offsets[first][0] : with_marks(context, offsets[last][1])]
+        return cls(text.strip(), (first, last + 1), score, null)
+
+
+def _answered(
+    maps: Sequence[TokenMap], spans: Sequence[Span], questions: Sequence[int], threshold: float | None
+) -> list[TokenMap]:
+    """The maps, each question's answer in the one whose text holds its best. questions: of each map."""
+    said = list(maps)
+    for question in set(questions):
+        windows = [number for number, one in enumerate(questions) if one == question]
+        best = max(windows, key=lambda number: spans[number].score)
+        null, span = min(spans[number].null for number in windows), spans[best]
+        if threshold is not None and null - span.score > threshold:
+            said[best] = replace(said[best], note="no answer")
+        else:
+            said[best] = replace(said[best], note=span.text, answer=span.place)
+    return said
+
+
+def answer(outputs: Any, config: Any, pieces: Sequence[str], sequence_ids: Sequence[int | None]) -> str:
+    """What the model says about one row, in words: a class and its probability, a value, tags, or nothing."""
     if "logits" not in outputs:
         return ""
     logits, names = outputs["logits"][0].float(), config.id2label
@@ -116,19 +163,3 @@ def answer(
         return f"{logits.item():.3g}"
     probability, number = logits.softmax(-1).max(-1)
     return f"{names[int(number)]}, {float(probability):.2f}"
-
-
-def _span(outputs: Any, sequence_ids: Sequence[int | None], threshold: float | None) -> tuple[int, int] | None:
-    """[first, end) of the best answer inside the context, the last text of the row; None where there is none to give."""
-    context = max((side for side in sequence_ids if side is not None), default=None)
-    start, end = outputs["start_logits"][0].float(), outputs["end_logits"][0].float()
-    outside = torch.tensor([context is None or side != context for side in sequence_ids], device=start.device)
-    outside |= (start <= DROPPED) | (end <= DROPPED)
-    scores = start.masked_fill(outside, -torch.inf)[:, None] + end.masked_fill(outside, -torch.inf)[None, :]
-    allowed = torch.ones_like(scores, dtype=torch.bool).triu().tril(LONGEST_SPAN - 1)
-    scores = scores.masked_fill(~allowed, -torch.inf)
-    best = float(scores.max())
-    if best == -torch.inf or (threshold is not None and float(start[0] + end[0]) - best > threshold):
-        return None
-    first, last = divmod(int(scores.argmax()), len(sequence_ids))
-    return first, last + 1

@@ -1,10 +1,13 @@
-"""Which tokens of a call no policy may drop."""
+"""Which tokens of a call no policy may drop, and where the first text of a pair ends."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from thresher.backbones.general import takes_types
 from thresher.errors import OptionError
 from thresher.policy import PolicyConfig
 
@@ -35,4 +38,14 @@ def _any_of(values: Tensor, wanted: tuple[int, ...]) -> Tensor:
     return (values.unsqueeze(-1) == torch.tensor(wanted, device=values.device)).any(-1)
 
 
-__all__ = ["protected_tokens"]
+def with_segments(config: PolicyConfig, tokenizer: Any, encoder: Any) -> PolicyConfig:
+    """Settings that know where the first text of a pair ends: the tokenizer's separator says it where the encoder is told no
+    token types (DistilBERT). As they are where types tell it, or the settings do, or nothing is known of the tokenizer."""
+    names = getattr(tokenizer, "model_input_names", None)
+    end = getattr(tokenizer, "sep_token_id", None)
+    if names is None or end is None or config.segment_end is not None:
+        return config
+    return config if "token_type_ids" in names and takes_types(encoder) else config.replace(segment_end=end)
+
+
+__all__ = ["protected_tokens", "with_segments"]

@@ -289,7 +289,7 @@ def slow_answers(
                     continue
                 a = int(windows.offsets[windows.first[w] + i, 0])
                 b = int(windows.offsets[windows.first[w] + j, 1])
-                while b < len(contexts[question]) and unicodedata.combining(contexts[question][b]):
+                while b < len(contexts[question]) and unicodedata.category(contexts[question][b]) == "Mn":
                     b += 1
                 while a < b and contexts[question][a].isspace():
                     a += 1
@@ -358,6 +358,15 @@ def test_an_answer_ends_with_the_marks_of_its_last_character() -> None:
     said = np.array([[[0.0, 0.0], [5.0, 5.0], [0.0, 0.0], [0.0, 0.0]]])
     (best,) = best_answers(said, windows, [context], n_best=1)
     assert (best[0].text, best[0].start, best[0].end) == ("cafe\u0301", 0, 5)
+
+
+@pytest.mark.parametrize("text", ["\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35", "\u0917\u0941\u0930\u0941", "\u2764\ufe0f"])
+def test_vowel_signs_and_variation_selectors_are_marks_too(text: str) -> None:
+    """Of combining class 0, and stripped all the same."""
+    windows = Windows.of([(0, 0, 1, 0, 2)], [np.array([[0, len(text) - 1], [len(text) + 1, len(text) + 2]])])
+    said = np.array([[[0.0, 0.0], [5.0, 5.0], [0.0, 0.0], [0.0, 0.0]]])
+    (best,) = best_answers(said, windows, [f"{text} x"], n_best=1)
+    assert best[0].text == text
 
 
 def test_equal_scores_give_the_earlier_and_shorter_answer() -> None:

@@ -9,9 +9,11 @@ from typing import Any, ClassVar, Self
 import datasets
 import numpy as np
 
-from thresher.cli.work import Scores, Truth, Work, with_segments
+from thresher.cli.work import Scores, Truth, Work
 from thresher.errors import OptionError, nearest
+from thresher.model import find_encoder
 from thresher.policy import PolicyConfig
+from thresher.protection import with_segments
 from thresher.tasks.answer_scores import METRICS
 from thresher.tasks.answering import EncodedQuestions, QuestionTask
 from thresher.tasks.features import EncodedRows
@@ -81,7 +83,7 @@ class QuestionWork(Work):
         """The question stays; where there are no types, the separator ends it."""
         if not config.protect_segments:
             config = config.replace(protect_segments=(0,))
-        return with_segments(config, tokenizer, model)
+        return with_segments(config, tokenizer, find_encoder(model))
 
     def quality(self, truth: Truth | None, reference: np.ndarray) -> Callable[[np.ndarray], float] | None:
         return None if truth is None else lambda predictions: self.scores(predictions, truth)[self.measure]

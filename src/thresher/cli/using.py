@@ -159,17 +159,19 @@ def explain(
     from thresher.cli.question_work import QuestionWork
     from thresher.explanation import explain as token_maps
     from thresher.report.tokens import to_html
+    from thresher.tasks.answering import EncodedQuestions
 
     opened = leaving_by(open_model(directory, place, speedup=speedup), directory, tau, exit_settings)
     opened = in_windows(opened, windows)
     rows = opened.work.unlabelled(_given(text, pair))
     limit = opened.limit(max_length)
     # Encoded here as well, for what it says of cut and empty texts.
-    opened.work.encode(rows, opened.tokenizer, limit, labels=False)
+    encoded = opened.work.encode(rows, opened.tokenizer, limit, labels=False)
     texts = opened.work.texts(rows, opened.tokenizer, limit)
-    threshold = opened.work.threshold if isinstance(opened.work, QuestionWork) else None
-    asked: Any = saliency  # the library names what it does not know
-    maps = token_maps(opened.model, opened.tokenizer, texts, limit, threshold=threshold, salient=asked)
+    asking: dict[str, Any] = {"salient": saliency}
+    if isinstance(opened.work, QuestionWork) and isinstance(encoded, EncodedQuestions):
+        asking |= {"threshold": opened.work.threshold, "questions": encoded.windows.question.tolist()}
+    maps = token_maps(opened.model, opened.tokenizer, texts, limit, **asking)
     shown: list[RenderableType] = []
     for one in maps:
         shown += [TokenMapView(one), *([] if saliency is None else [_saliency_table(one)])]

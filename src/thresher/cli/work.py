@@ -12,7 +12,9 @@ import numpy as np
 from thresher.cli.data import NAMED, read_rows
 from thresher.cli.screen import notice
 from thresher.errors import CheckpointError, OptionError, nearest
+from thresher.model import find_encoder
 from thresher.policy import PolicyConfig
+from thresher.protection import with_segments
 from thresher.tasks.answering import EncodedQuestions
 from thresher.tasks.data import name_columns
 from thresher.tasks.dialogues import dialogues
@@ -26,15 +28,6 @@ from thresher.tasks.text import TextTask, canonical
 
 Scores = dict[str, float]
 RANKING = ("R@1", "MAP", "MRR", "P@1")
-
-
-def with_segments(config: PolicyConfig, tokenizer: Any, model: Any) -> PolicyConfig:
-    """A method that knows where the first text ends: the separator says it where the model is told no types."""
-    from thresher.backbones.general import takes_types
-    from thresher.model import find_encoder
-
-    told = "token_type_ids" in tokenizer.model_input_names and takes_types(find_encoder(model))
-    return config if told or config.segment_end is not None else config.replace(segment_end=tokenizer.sep_token_id)
 
 
 @dataclass(frozen=True)
@@ -357,7 +350,7 @@ class ResponseWork(Work):
                 tokenizer.convert_tokens_to_ids(self.response.eos),
             )
             config = config.replace(protect_ids=tuple(sorted({i for i in special if i is not None})))
-        return with_segments(config, tokenizer, model)
+        return with_segments(config, tokenizer, find_encoder(model))
 
     def quality(self, truth: Truth | None, reference: np.ndarray) -> Callable[[np.ndarray], float] | None:
         return None if truth is None else lambda predictions: self._ranked(predictions, truth)[self.measure]

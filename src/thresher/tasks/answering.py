@@ -21,7 +21,7 @@ from thresher.tasks.framing import by_itself
 from thresher.tasks.passages import Frame, Passages, Tokenised, spread, tokenised
 from thresher.tasks.question_files import NOWHERE
 from thresher.tasks.questions import questions
-from thresher.tasks.spans import Answer, Windows, best_answers, null_scores
+from thresher.tasks.spans import Answer, Windows, best_answers, null_scores, with_marks
 
 _WINDOWS = 4096  # windows held as Python lists
 
@@ -211,7 +211,9 @@ class QuestionTask:
             question = asked[: frame.longest]
             offsets = passages.offsets[found.passage]
             for start, end in spread(len(found.tokens), frame.room - len(question), self.stride):
-                part = found.context[offsets[start, 0] : offsets[end - 1, 1]] if end > start else ""
+                part = ""
+                if end > start:
+                    part = found.context[offsets[start, 0] : with_marks(found.context, offsets[end - 1, 1])]
                 made.append((found.question[: question[-1][1] if question else 0], part))
         return made
 

@@ -94,7 +94,7 @@ def best_answers(
     for number, begin, close, value in zip(*columns, strict=True):
         if len(found[number]) == n_best:
             continue
-        close = _whole(contexts[number], close)
+        close = with_marks(contexts[number], close)
         text = contexts[number][begin:close]
         begin += len(text) - len(text.lstrip())
         text = text.strip()
@@ -108,9 +108,10 @@ def best_answers(
     return found
 
 
-def _whole(context: str, end: int) -> int:
-    """The end with the marks of its last character: tokenizers that strip accents leave combining marks to no token."""
-    while end < len(context) and unicodedata.combining(context[end]):
+def with_marks(context: str, end: int) -> int:
+    """The end of a span with the marks of its last character (accents, vowel signs, variation selectors): tokenizers that
+    strip accents leave these to no token."""
+    while end < len(context) and unicodedata.category(context[end]) == "Mn":
         end += 1
     return end
 

@@ -24,6 +24,7 @@ from thresher.frontier import Frontier
 from thresher.measure.run import run, run_packed
 from thresher.model import Attachment, attach, attachment_of, find_encoder, load, policy_of, save, set_config
 from thresher.policy import Mode, PolicyConfig, Stage
+from thresher.protection import with_segments
 from thresher.tasks.given import as_rows
 from thresher.training import frontiers
 from thresher.training.epochs import BEST, POINT, Epochs, best, fastest, judged, kept
@@ -63,6 +64,7 @@ def fit(
     """Train `model` with a method and save it to `directory`; the model comes back attached, in eval mode.
 
     model: a Hugging Face encoder with its task head, or a SentenceTransformer. rows, validation: encoded rows.
+    policy: where tokens have no types (DistilBERT) the tokenizer's separator says where the first text ends.
     exit: an early exit, trained after the method on the model that drops tokens (after LTP: Magic Pyramid, He et al., 2021), or
         alone where `policy` is None.
     speedup / max_loss: the target, met on `validation` (see calibrate): before tokens first drop in training, and at
@@ -82,6 +84,10 @@ def fit(
     """
     rows, validation = as_rows(rows), None if validation is None else as_rows(validation)
     attach(model, policy, exit=exit)
+    if (attached := attachment_of(model).policy) is not None:
+        told = with_segments(attached.config, tokenizer, find_encoder(model))
+        if told is not attached.config:
+            set_config(model, told)
     attachment_of(model).notes.update(notes or {})
     plan = planned(model, stages, overrides or {}, fine_tune=fine_tune)
     target = Target(speedup, max_loss)
