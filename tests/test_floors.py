@@ -45,6 +45,7 @@ FLOORS = [
         "measure.latency",
         "measure.profile",
         "measure.rationales",
+        "question_pipeline",
         "exported.graph",
     ],
     ["exported", "measure.serving"],

@@ -22,7 +22,7 @@ from thresher.engine import keep_everything
 from thresher.errors import CheckpointError, OptionError
 from thresher.linears import FastLinear
 from thresher.methods import CONFIGS
-from thresher.model import attachment_of
+from thresher.model import attachment_of, policy_of
 
 
 @given(
@@ -166,6 +166,10 @@ def test_copies_and_pickles_work_after_use(precision: str) -> None:
 def test_bad_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OptionError, match="quantize is \"int8\" or None, not 'int4'"):
         thresher.attach(make("bert"), quantize="int4")  # type: ignore[arg-type]
+    attached = thresher.attach(make("bert"), "ltp")
+    with pytest.raises(OptionError, match="int4"):
+        thresher.attach(attached, quantize="int4")  # type: ignore[arg-type]
+    assert policy_of(attached).config.method == "ltp"  # what was attached before still is
     with pytest.raises(OptionError, match="nothing attached"):
         thresher.quantize(make("bert"))
     thresher.save(thresher.attach(make("bert")), tmp_path)

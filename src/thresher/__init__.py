@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     )
     from thresher.pairs.prefilter import Prefilter
     from thresher.policy import Stage, retaining, tracing
+    from thresher.question_pipeline import QuestionAnswering
     from thresher.searching import search
     from thresher.training import fit, post_train
     from thresher.training.students import distil, prune_heads, student
@@ -86,6 +87,7 @@ _HOME = {
     ),
     "pairs.prefilter": ("Prefilter",),
     "policy": ("Stage", "retaining", "tracing"),
+    "question_pipeline": ("QuestionAnswering",),
     "searching": ("search",),
     "training": ("fit", "post_train"),
     "training.students": ("distil", "prune_heads", "student"),
@@ -112,6 +114,7 @@ __all__ = [
     "Pooling",
     "PowerBert",
     "Prefilter",
+    "QuestionAnswering",
     "RandomTokens",
     "RelativeThreshold",
     "RisingThreshold",

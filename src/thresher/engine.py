@@ -355,9 +355,9 @@ def _attention(
     window = None if sliding_window is None else sliding_window - 1
     mark("norms")
     context, now.evidence = attend(
-        query[0],
-        key[0],
-        value[0],
+        query.squeeze(0),
+        key.squeeze(0),
+        value.squeeze(0),
         now.tokens,
         scale=scaling,
         dropout=dropout,

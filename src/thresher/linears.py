@@ -136,10 +136,14 @@ def check_int8() -> None:
     """Raises OptionError where torch has no int8 kernels at all; warns where the processor is not made for them."""
     if torch.backends.quantized.engine == "none":
         raise OptionError("This build of torch has no int8 kernels for the CPU; leave int8 out.")
+    warn_without_int8_instructions()
+
+
+def warn_without_int8_instructions() -> None:
     if not has_int8_instructions():
         warnings.warn(
             "This processor has no int8 dot-product instructions (AVX-512 VNNI): int8 works but may not be faster.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -151,4 +155,5 @@ __all__ = [
     "has_int8_instructions",
     "has_onednn",
     "plain_kernels",
+    "warn_without_int8_instructions",
 ]

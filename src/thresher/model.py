@@ -83,16 +83,16 @@ def attach(
             f"The exit {leaving.config.method!r} freezes tokens and goes without a method that drops them; leave the method "
             'out, or take the exit "sentee".'
         )
+    if quantize not in (None, "int8"):
+        raise OptionError(f'quantize is "int8" or None, not {quantize!r}.')
+    if quantize:
+        check_int8()
     if is_attached(encoder):
         detach(encoder)
     if built is not None:
         built.to(encoder.device)
     if leaving is not None:
         leaving.to(encoder.device)
-    if quantize not in (None, "int8"):
-        raise OptionError(f'quantize is "int8" or None, not {quantize!r}.')
-    if quantize:
-        check_int8()
     engine = Engine(encoder, entrance, built, leaving, quantize or "float32")
     engine.install()
     encoder.thresher_attachment = Attachment(engine, built, type(model).__name__, exit=leaving)  # type: ignore[assignment]

@@ -70,7 +70,7 @@ class Pass:
         """hidden: [B, N, D] at the first layer, [1, T, D] later."""
         self.layer += 1
         mark("norms" if self.tokens is not None else "embed")
-        tokens = self._pack(hidden) if self.tokens is None else self.tokens.with_hidden(hidden[0])
+        tokens = self._pack(hidden) if self.tokens is None else self.tokens.with_hidden(hidden.squeeze(0))
         self.tokens = tokens
         self.evidence = NO_EVIDENCE
         tokens = self._entered = self.act(Point.BEFORE_LAYER, tokens)
@@ -111,7 +111,7 @@ class Pass:
 
     def after_attention(self, hidden: Tensor) -> PackedTokens:
         assert self.tokens is not None
-        tokens = self.act(Point.AFTER_ATTENTION, self.tokens.with_hidden(hidden[0]))
+        tokens = self.act(Point.AFTER_ATTENTION, self.tokens.with_hidden(hidden.squeeze(0)))
         self._reads_feed_forward = self._sizes(tokens)
         return tokens
 
@@ -121,7 +121,7 @@ class Pass:
             self.tokens, reads = self._entered, [0] * len(self._reads_attention)
             self.trace.reads.append((reads, reads))
             return self.tokens
-        tokens = self.tokens.with_hidden(hidden[0])
+        tokens = self.tokens.with_hidden(hidden.squeeze(0))
         if tokens.frozen is not None and self.asking is None:  # the layer has renewed them too
             tokens = tokens.with_hidden(torch.where(tokens.frozen.unsqueeze(1), self._entered.hidden, tokens.hidden))
         if also_after_attention:

@@ -78,7 +78,7 @@ def test_int8(runtime: Any, tmp_path: Path) -> None:
         pytest.importorskip("openvino")
         pytest.importorskip("nncf")
     model = thresher.quantize(attached("bert", "fastbert", POLICIES["ltp"]))
-    made = thresher.export(model, tmp_path, runtime=runtime)
+    made = thresher.export(model, tmp_path, runtime=runtime, rows=rows_of(batch("bert", range(1, 41))))
     assert made.int8_difference is not None
     assert made.int8_agreement is not None
     assert made.int8_difference > 0

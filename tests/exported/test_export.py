@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import thresher
-from helpers import FAMILIES, HEADS, alone, batch, dataset, decided, make, settings, tokenizer
+from helpers import FAMILIES, HEADS, VOCABULARY, alone, batch, dataset, decided, make, settings, tokenizer
 from thresher.errors import CheckpointError, DataError, OptionError, ThresherError
 from thresher.exported.directory import MANIFEST
 from thresher.exported.graph import exportable_methods
@@ -225,9 +225,13 @@ def test_a_missing_graph_another_format_and_a_broken_manifest_are_refused(export
     (copy / MANIFEST).write_text(json.dumps({**values, "format": 99}))
     with pytest.raises(CheckpointError, match="format 99"):
         thresher.Runner(copy)
-    for text in ("{", "[]", "{}", json.dumps({**values, "runtime": "tea"}), json.dumps({**values, "files": {}})):
+    for text in ("{", "[]", "{}"):
         (copy / MANIFEST).write_text(text)
         with pytest.raises(CheckpointError, match="corrupted"):
+            thresher.Runner(copy)
+    for changes in ({"runtime": "tea"}, {"files": {}}, {"max_length": 10_000}, {"int8": True}, {"geometry": {}}):
+        (copy / MANIFEST).write_text(json.dumps({**values, **changes}))
+        with pytest.raises(CheckpointError, match=r"exported\.json has changed since it was exported"):
             thresher.Runner(copy)
     with pytest.raises(CheckpointError, match="no exported.json"):
         thresher.Runner(tmp_path)
@@ -240,13 +244,23 @@ def test_bad_rows_are_named(exported: Path) -> None:
         ({"input_ids": []}, "Row 1 must have 1 to 48 tokens"),
         ({"input_ids": [5] * 49}, "it has 49"),
         ({"input_ids": [5, 6], "token_type_ids": [0]}, "it has 1 and 2"),
+        ({"input_ids": [5, VOCABULARY]}, f"Row 1 has {VOCABULARY} among its input_ids, where this model knows 0 to"),
+        ({"input_ids": [5, -1]}, "Row 1 has -1 among its input_ids"),
+        ({"input_ids": [5, 6], "token_type_ids": [0, 2]}, "Row 1 has 2 among its token_type_ids, where .* 0 to 1"),
+        ({"input_ids": [5.0, 6.5]}, "no whole numbers"),
+        ({"input_ids": [[5], [6, 7]]}, "no whole numbers"),
+        ({"input_ids": "w5 w6"}, "no whole numbers"),
     ):
         with pytest.raises(DataError, match=message):
             runner.answers([row])
     with pytest.raises(OptionError, match="without a tokenizer"):
         runner.predict(["a"])
-    with pytest.raises(OptionError, match="workers must be at least 1"):
-        thresher.Runner(exported, workers=0)
+    for texts, message in (("w5", "not one text"), (None, "not None"), ([3], "but int")):
+        with pytest.raises(DataError, match=message):
+            runner.predict(texts)  # type: ignore[arg-type]
+    for workers in (0, "2"):
+        with pytest.raises(OptionError, match="workers must be a whole number of at least 1"):
+            thresher.Runner(exported, workers=workers)  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
@@ -255,7 +269,9 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path: Path) -
         (thresher.attach(make("bert"), "random"), {}, "'random' cannot be written as a graph; these can: .*ltp"),
         (thresher.attach(make("bert"), "ltp"), {"runtime": "tea"}, "runtime is one of onnx, openvino"),
         (thresher.attach(make("bert"), "ltp"), {"max_length": 9000}, "3 to the 48 tokens"),
+        (thresher.attach(make("bert"), "ltp"), {"max_length": "9"}, "3 to the 48 tokens"),
         (thresher.attach(make("bert"), "ltp"), {"rows": []}, "are empty"),
+        (thresher.attach(make("bert"), "ltp"), {"runtime": "openvino", "int8": True}, "calibrated on rows like those"),
         (thresher.attach(make("bert").to(torch.bfloat16), "ltp"), {}, "float32 model on the CPU"),
         (make("bert"), {}, "nothing attached"),
     ]
@@ -266,6 +282,41 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path: Path) -
         with pytest.raises(OptionError, match=message):
             thresher.export(model, where, **options)
         assert not where.exists()
+    rows: Any
+    for rows, message in (
+        (["w5"], "has no input_ids"),
+        ([{"input_ids": [5, 9999]}], "9999 among its input_ids"),
+        ([{"input_ids": "abc"}], "no whole numbers"),
+    ):
+        with pytest.raises(DataError, match=message):
+            thresher.export(thresher.attach(make("bert"), "ltp"), where, rows=rows)
+        assert not where.exists()
+
+
+def test_int8_where_the_processor_is_not_made_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thresher.linears.has_int8_instructions", lambda: False)
+    with pytest.warns(UserWarning, match="no int8 dot-product instructions"):
+        thresher.export(thresher.attach(make("bert"), "ltp"), tmp_path / "out", int8=True)
+
+
+@pytest.mark.parametrize(
+    ("package", "extra"), [("onnx", "export"), ("onnxruntime", "export"), ("openvino", "openvino")]
+)
+def test_a_package_that_is_missing_names_the_extra_that_exports(
+    package: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    runtime: Any = "openvino" if package == "openvino" else "onnx"
+    with pytest.raises(ThresherError, match=rf'{package} .*run pip install "thresher\[{extra}\]"'):
+        thresher.export(thresher.attach(make("bert"), "ltp"), tmp_path / "out", runtime=runtime)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_runner_without_tokenizers_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    thresher.export(thresher.attach(make("bert"), "ltp"), tmp_path / "out", tokenizer=tokenizer())
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ThresherError, match=r'tokenizers is not installed; run pip install "thresher\[onnx\]"'):
+        thresher.Runner(tmp_path / "out").predict(["w5"])
 
 
 def test_a_graph_that_answers_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,15 +329,4 @@ def test_a_graph_that_answers_otherwise_is_refused(tmp_path: Path, monkeypatch: 
     )
     with pytest.raises(ThresherError, match="does not answer as the torch engine does"):
         thresher.export(model, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("runtime", "package"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
-def test_a_runtime_that_is_not_installed_names_its_extra(
-    runtime: Any, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    model = thresher.attach(make("bert"), "ltp")
-    with pytest.raises(ThresherError, match=rf'{package} is not installed; run pip install "thresher\[{runtime}\]"'):
-        thresher.export(model, tmp_path / "out", runtime=runtime)
     assert not (tmp_path / "out").exists()

@@ -66,7 +66,7 @@ def test_every_form_becomes_one(row: dict[str, Any], candidates: list[str], labe
     ("row", "message"),
     [
         ({"context": []}, "Row 2 has an empty context"),
-        ({"context": None}, "Row 2 holds a NoneType as its context, where a list of texts is expected"),
+        ({"context": None}, "Row 2 holds a null as its context, where a list of texts is expected"),
         ({"candidates": []}, "Row 2 has the label 0, which is not the index of one of its 0 candidates"),
         ({"candidates": [], "labels": []}, "Row 2 has no candidates"),
         ({"label": 2}, "Row 2 has the label 2, which is not the index of one of its 2 candidates"),
@@ -88,12 +88,12 @@ def test_a_row_that_does_not_fit_is_named(row: dict[str, Any], message: str) -> 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"context": "hello", "candidates": ["a"], "label": 0}, "Row 1 holds a str as its context, where a list"),
-        ({"context": [1], "candidates": ["a"], "label": 0}, "Row 1 holds a int among its context, where a text"),
-        ({"context": ["a"], "candidates": "a", "label": 0}, "Row 1 holds a str as its candidates"),
+        ({"context": "hello", "candidates": ["a"], "label": 0}, "Row 1 holds a text as its context, where a list"),
+        ({"context": [1], "candidates": ["a"], "label": 0}, "Row 1 holds a number among its context, where a text"),
+        ({"context": ["a"], "candidates": "a", "label": 0}, "Row 1 holds a text as its candidates"),
         ({"context": ["a"], "candidates": ["a"], "label": "a"}, "Row 1 has the label 'a'"),
         ({"context": ["a"], "candidates": ["a"], "label": False}, "Row 1 has the label False"),
-        ({"context": ["a"], "positives": ["b"], "random": "c"}, "Row 1 holds a str as its random"),
+        ({"context": ["a"], "positives": ["b"], "random": "c"}, "Row 1 holds a text as its random"),
         ({"context": ["a"], "candidates": ["a"]}, r"no dialogues \(there are context, candidates\): they need context"),
         ({"candidates": ["a"], "label": 0}, r"no dialogues \(there are candidates, label\)"),
         ({"context": ["a"], "positives": ["b"]}, "no dialogues"),

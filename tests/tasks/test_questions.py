@@ -188,6 +188,27 @@ def test_hotpot_answers_are_words_of_the_evidence_first(tmp_path: Path) -> None:
     assert place("yes") == place("ill") == NOWHERE
 
 
+def test_hotpot_without_supporting_facts_as_its_test_set_is(tmp_path: Path) -> None:
+    bare = {name: value for name, value in hotpot("").items() if name not in ("answer", "supporting_facts")}
+    for row in (bare, {**bare, "answer": None, "supporting_facts": None}):
+        (found,) = load_questions(put(tmp_path / "h.json", json.dumps([row])), labelled=None)
+        assert found["context"].startswith("Ada Quill: Ada Quill owned") and "answers" not in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"supporting_facts": [["Nobody", 0]]}, r"of which its context has none, such as \['Nobody', 0\]"),
+        ({"supporting_facts": [3]}, "titles with numbers of sentences"),
+        ({"context": [["Ada Quill"]]}, "no context of titles and sentences"),
+        ({"answer": 1802}, "a number as its answer"),
+    ],
+)
+def test_hotpot_that_is_none(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=said):
+        load_questions(put(tmp_path / "h.json", json.dumps([{**hotpot("1802"), **changes}])))
+
+
 # --- labels ----------------------------------------------------------------------------------------------------------
 
 
@@ -235,7 +256,7 @@ BAD = {
     "negative start": ({"answers": {"text": ["1802"], "answer_start": [-2]}}, "starts at -2"),
     "start no number": ({"answers": {"text": ["1802"], "answer_start": ["28"]}}, "starts at '28'"),
     "empty answer": ({"answers": {"text": [" "], "answer_start": [3]}}, "empty answer"),
-    "answer no text": ({"answers": {"text": [5], "answer_start": [3]}}, "int as its answer"),
+    "answer no text": ({"answers": {"text": [5], "answer_start": [3]}}, "number as its answer"),
     "uneven answers": ({"answers": {"text": ["1802"], "answer_start": []}}, "answers that are neither"),
     "answers no lists": ({"answers": "1802"}, "answers that are neither"),
     "no answers": ({"answers": None}, "nothing of answers"),
@@ -344,7 +365,7 @@ def test_rows_of_two_kinds(tmp_path: Path) -> None:
         ("cut.json.gz", gzip.compress(json.dumps(ROWS).encode())[:-12], "cannot be read"),
         ("no.json.gz", b"not gzip", "cannot be read"),
         ("latin.jsonl", lines(ROWS).encode("utf-16"), "not UTF-8"),
-        ("number.json", b"5", "holds a int"),
+        ("number.json", b"5", "holds a number"),
         ("list.jsonl", b"[1]\n", "line 1 is a list"),
         ("deep.json", b"[" * 100_000, "nested too deep|not valid JSON"),
         ("data.json", b'{"data": 5}', "has no list 'data'"),
@@ -390,7 +411,7 @@ def test_a_malformed_part_of_a_squad_file_can_be_left_out(tmp_path: Path) -> Non
     found["data"] = ["x", {"title": "y"}, {"title": "z", "paragraphs": None}, {"paragraphs": [*bad, *good]}]
     (tmp_path / "whole.json").write_text(json.dumps(found))
     (tmp_path / "lines.jsonl").write_text(lines(found["data"]))
-    with pytest.raises(DataError, match=r"whole\.json, article 1 is a str, where an object is expected\.$"):
+    with pytest.raises(DataError, match=r"whole\.json, article 1 is a text, where an object is expected\.$"):
         load_questions(tmp_path / "whole.json")
     told: list[tuple[str, str]] = []
     kept = load_questions(tmp_path / "whole.json", skip_bad=True, on_bad=lambda *one: told.append(one))

@@ -7,7 +7,10 @@ import sys
 from thresher.memory import keep_memory
 
 # The packages of the extra, by the names they are imported by.
-EXTRA = ("typer", "rich", "jinja2", "matplotlib", "datasets", "accelerate", "sklearn", "scipy")
+EXTRA = (
+    *("typer", "rich", "jinja2", "matplotlib", "datasets", "accelerate", "sklearn", "scipy"),
+    *("torch", "transformers", "safetensors"),
+)
 
 
 def main() -> None:

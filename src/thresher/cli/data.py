@@ -85,7 +85,7 @@ def _skipping() -> Iterator[Callable[[str, str], None]]:
 
     def tell(name: str, error: str) -> None:
         bad.append(name)
-        notice(f"The question '{name}' {error}; it is skipped")
+        notice(f"Skipped {name}: it {error}")
 
     try:
         yield tell

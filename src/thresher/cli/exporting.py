@@ -39,7 +39,10 @@ def export(
     ],
     data: Annotated[
         str | None,
-        typer.Argument(metavar="DATA", help="Rows as for fit, to check the graph with. Default: random tokens."),
+        typer.Argument(
+            metavar="DATA",
+            help="Rows as for fit, to check the graph with, and to calibrate OpenVINO's int8 by. Default: random tokens.",
+        ),
     ] = None,
     runtime: Annotated[
         Literal["onnx", "openvino"], typer.Option(help="ONNX Runtime or OpenVINO.", rich_help_panel=OUTPUT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any, Literal, get_args
 from thresher.errors import CheckpointError
 from thresher.stamped import sha256
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "exported.json"
 TOKENIZER = "tokenizer.json"
+DIGEST = "digest"
 
 Runtime = Literal["onnx", "openvino"]
 SUFFIX = {"onnx": ".onnx", "openvino": ".xml"}
@@ -44,7 +46,7 @@ class Manifest:
     layer, written as `overhead`; branch_reads_dropped: whether these count the tokens the row came with.
     geometry: sizes of the encoder; overhead: for each layer [c0, c1, c2], the method's own FLOPs on n tokens being c0 + c1 n
     + c2 n^2. labels: names of the classes, or none. notes: what the model carried (its task). checked: how far the graph
-    was found from the torch engine. files: sha256 by name.
+    was found from the torch engine. files: sha256 by name. known: of each input, how many ids there are, counted from 0.
     """
 
     runtime: Runtime
@@ -56,6 +58,7 @@ class Manifest:
     geometry: dict[str, Any]
     overhead: tuple[tuple[float, float, float], ...]
     chain: tuple[Link, ...]
+    known: dict[str, int]
     exit: str | None = None
     branch: tuple[float, float, float] = (0.0, 0.0, 0.0)
     branch_reads_dropped: bool = False
@@ -73,9 +76,10 @@ class Manifest:
         ]
 
     def write(self, directory: Path) -> None:
-        """Write exported.json, with the checksums of the files that are there now."""
+        """Write exported.json, with the checksums of the files that are there now, and its own."""
         files = {str(f.relative_to(directory)): sha256(f) for f in sorted(directory.rglob("*")) if f.is_file()}
-        text = json.dumps({"format": FORMAT, **asdict(self), "files": files}, indent=1)
+        values = json.loads(json.dumps({"format": FORMAT, **asdict(self), "files": files}))
+        text = json.dumps({**values, DIGEST: _digest(values)}, indent=1)
         (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
@@ -94,9 +98,10 @@ def read(directory: Any) -> Manifest:
         raise CheckpointError(f"{path} has no {MANIFEST}; give a directory that thresher.export wrote.")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-        version = values.pop("format")
-        if version == FORMAT:
-            manifest = _manifest(values)
+        version, stated = values["format"], values.pop(DIGEST, None)
+        changed = stated != _digest(values)
+        if version == FORMAT and not changed:
+            manifest = _manifest({name: value for name, value in values.items() if name != "format"})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{file} is corrupted ({type(error).__name__}: {error}); export the model again."
@@ -105,12 +110,18 @@ def read(directory: Any) -> Manifest:
         raise CheckpointError(
             f"{file} has format {version!r}, this version reads {FORMAT}; export the model again with this version."
         )
+    if changed:
+        raise CheckpointError(f"{file} has changed since it was exported; export the model again.")
     for name, digest in manifest.files.items():
         if not (path / name).is_file():
             raise CheckpointError(f"{path} lacks {name}; copy the whole directory or export the model again.")
         if sha256(path / name) != digest:
             raise CheckpointError(f"{path / name} has changed since it was exported; export the model again.")
     return manifest
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _manifest(values: dict[str, Any]) -> Manifest:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from thresher.errors import DataError, OptionError
+from thresher.errors import DataError, OptionError, ThresherError
 from thresher.exported import directory as files
 from thresher.exported.sessions import Session, cores, open_session
 from thresher.measure.layer import Sizes, layer_flops
@@ -50,9 +50,9 @@ class Runner:
     def __init__(self, path: str | Path, *, workers: int | None = None) -> None:
         self.path = Path(path)
         self.manifest = files.read(path)
+        if workers is not None and (not isinstance(workers, int) or workers < 1):
+            raise OptionError(f"workers must be a whole number of at least 1, not {workers!r}.")
         self.workers = cores() if workers is None else workers
-        if self.workers < 1:
-            raise OptionError(f"workers must be at least 1, not {workers}.")
         self._sessions: dict[int, list[Session]] = {}
         self._tokenizer: Any = None
 
@@ -91,8 +91,8 @@ class Runner:
 
     def encode(self, texts: Sequence[Text]) -> list[dict[str, list[int]]]:
         """Token ids (and token types where the model takes them) of texts or of pairs."""
-        if isinstance(texts, str):
-            raise DataError("Give a list of texts, not one text.")
+        if isinstance(texts, str) or not isinstance(texts, Sequence | np.ndarray):
+            raise DataError(f"Give a list of texts, not {'one text' if isinstance(texts, str) else repr(texts)}.")
         for number, text in enumerate(texts, start=1):
             pair = isinstance(text, list | tuple) and len(text) == 2 and all(isinstance(t, str) for t in text)
             if not (isinstance(text, str) or pair):
@@ -134,7 +134,7 @@ class Runner:
                 continue
             if name not in row:
                 raise DataError(f"Row {number} has no {name}, which this model reads.")
-            feed[name] = np.asarray(row[name], dtype=np.int64).reshape(1, -1)
+            feed[name] = self._ids(row[name], name, number)
             lengths.add(feed[name].shape[1])
         if len(lengths) > 1 or not min(lengths) or max(lengths) > self.manifest.max_length:
             raise DataError(
@@ -142,6 +142,20 @@ class Runner:
                 f"{' and '.join(map(str, sorted(lengths)))}."
             )
         return feed
+
+    def _ids(self, values: Any, name: str, number: int) -> NDArray[np.int64]:
+        """[1, N]. Raises DataError for what are no whole numbers or no ids of the model, which a runtime may not notice."""
+        try:
+            found = np.asarray(values).reshape(1, -1)
+        except ValueError:  # lists of several lengths
+            found = np.array([None])
+        if found.size and found.dtype.kind not in "iu":
+            raise DataError(f"Row {number} has {name} that are no whole numbers.")
+        known = self.manifest.known[name]
+        wrong = found[(found < 0) | (found >= known)] if found.size else found
+        if wrong.size:
+            raise DataError(f"Row {number} has {wrong[0]} among its {name}, where this model knows 0 to {known - 1}.")
+        return found.astype(np.int64)
 
     def _output(self, sessions: Sequence[Session], feed: Mapping[str, NDArray[Any]]) -> Output:
         """Pass the chain until the row leaves."""
@@ -169,8 +183,10 @@ class Runner:
             file = self.path / files.TOKENIZER
             if not file.is_file():
                 raise OptionError(f"{self.path} was exported without a tokenizer; give token ids to answers() instead.")
-            from tokenizers import Tokenizer
-
+            try:
+                from tokenizers import Tokenizer
+            except ImportError as error:
+                raise ThresherError('tokenizers is not installed; run pip install "thresher[onnx]".') from error
             tokenizer = Tokenizer.from_file(str(file))
             tokenizer.no_padding()
             tokenizer.enable_truncation(self.manifest.max_length)

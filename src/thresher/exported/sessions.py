@@ -17,8 +17,8 @@ from thresher.exported.directory import Runtime
 Session = Callable[[dict[str, NDArray[np.int64]]], Sequence[NDArray[Any]]]
 
 
-def require(runtime: Runtime) -> Any:
-    """The runtime's module. Raises ThresherError, saying which extra to install."""
+def require(runtime: Runtime, extra: str | None = None) -> Any:
+    """The runtime's module. Raises ThresherError, saying which extra to install: `extra`, or that of the runtime's name."""
     try:
         if runtime == "onnx":
             import onnxruntime
@@ -29,7 +29,7 @@ def require(runtime: Runtime) -> Any:
         return openvino
     except ImportError as error:
         package = "onnxruntime" if runtime == "onnx" else "openvino"
-        raise ThresherError(f'{package} is not installed; run pip install "thresher[{runtime}]".') from error
+        raise ThresherError(f'{package} is not installed; run pip install "thresher[{extra or runtime}]".') from error
 
 
 def open_session(runtime: Runtime, graph: Path, outputs: Sequence[str], threads: int) -> Session:
@@ -46,8 +46,8 @@ def _onnx(onnxruntime: Any, graph: Path, outputs: list[str], threads: int) -> Se
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # A spinning pool takes the cores from the other workers, and gains nothing on short calls.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # A pool that waits by spinning takes up the next operator of a call at once; between calls it leaves the cores to others.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     return lambda feed: session.run(outputs, feed)  # type: ignore[no-any-return]

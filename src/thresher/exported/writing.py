@@ -18,14 +18,14 @@ import numpy as np
 import torch
 
 from thresher import checkpoint
-from thresher.errors import OptionError, ThresherError
+from thresher.errors import DataError, OptionError, ThresherError
 from thresher.exported import directory as files
 from thresher.exported.chain import cut
 from thresher.exported.directory import Link, Manifest, Runtime
 from thresher.exported.graph import Ends, call, check_exportable, input_names, write_graph
 from thresher.exported.runner import Output, Runner
 from thresher.exported.sessions import require
-from thresher.linears import has_int8_instructions
+from thresher.linears import has_int8_instructions, warn_without_int8_instructions
 from thresher.measure.run import said
 from thresher.model import attachment_of, evaluating, find_encoder
 from thresher.policy import Point, tracing
@@ -73,23 +73,30 @@ def export(
     runtime: "onnx" (ONNX Runtime) or "openvino". int8: quantize the layers' weights, by channel; None: as the model is
     attached (`thresher.quantize`).
     tokenizer: written beside the graph, so that `Runner.predict` takes texts; a SentenceTransformer's or CrossEncoder's own
-    is taken by itself. rows: real inputs (token ids) to check with; without them random ones of 1 to max_length tokens.
+    is taken by itself. rows: real inputs (token ids) to check with, and to calibrate OpenVINO's int8 by, which needs them;
+    without them random ones of 1 to max_length tokens.
     max_length: the most tokens a sequence may have; None for what model and tokenizer read, at most 512.
 
-    Everything is written or nothing. Raises OptionError for a policy that no graph can hold, and ThresherError when a
-    package is missing or the graph does not answer as the torch engine does.
+    Everything is written or nothing. int8 suits the kind of processor that it is exported on; one without the instructions is
+    warned of. Raises OptionError for a policy that no graph can hold, DataError for rows that are no token ids of the model,
+    and ThresherError when a package is missing or the graph does not answer as the torch engine does.
     """
     if runtime not in get_args(Runtime):
         raise OptionError(f"runtime is one of {', '.join(get_args(Runtime))}, not {runtime!r}.")
     check_exportable(model)
-    require(runtime)
+    require(runtime, "export" if runtime == "onnx" else None)
+    _onnx()
     int8 = attachment_of(model).engine.precision == "int8" if int8 is None else int8
     tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
     limit = _limit(model, tokenizer, max_length)
-    checked = list(rows) if rows is not None else _random_rows(model, limit)
-    if not checked:
-        raise OptionError("The rows to check the graph with are empty; give some, or None for random ones.")
-    checked = [{k: list(v)[:limit] for k, v in row.items() if k in ("input_ids", "token_type_ids")} for row in checked]
+    if int8 and runtime == "openvino" and rows is None:
+        raise OptionError(
+            "OpenVINO's int8 is calibrated on rows like those that it will read: give some, by rows= or as DATA on the "
+            "command line."
+        )
+    if int8:
+        warn_without_int8_instructions()
+    checked = _random_rows(model, limit) if rows is None else _given_rows(rows, limit)
     with checkpoint.staged(directory, last=files.MANIFEST) as staging:
         inputs, ends = write_graph(model, staging / TRACED)
         if tokenizer is not None:
@@ -143,9 +150,7 @@ def _onnx() -> Any:
     try:
         import onnx
     except ImportError as error:
-        raise ThresherError(
-            'Exporting int8, or an early exit, needs the onnx package; run pip install "thresher[export]".'
-        ) from error
+        raise ThresherError('Exporting needs the onnx package; run pip install "thresher[export]".') from error
     return onnx
 
 
@@ -175,6 +180,7 @@ def _manifest(model: Any, runtime: Runtime, inputs: tuple[str, ...], ends: Ends,
         },
         overhead=tuple(_overhead(policy, layer) for layer in range(1, geometry.layers + 1)),
         chain=(Link(0, inputs, outputs),),
+        known={name: _known(encoder.config, name) for name in inputs},
         exit=None if exit is None else exit.config.method,
         branch=(0.0, 0.0, 0.0) if exit is None else _written(exit.overhead_flops, 1),
         branch_reads_dropped=exit is not None and exit.config.answers_dropped,
@@ -199,14 +205,30 @@ def _written(flops: Callable[[int], int], grain: int) -> tuple[float, float, flo
     return (float(at[0]), c1 / grain, c2 / grain**2)
 
 
+def _known(config: Any, name: str) -> int:
+    """How many ids an input may have."""
+    return int(config.vocab_size if name == "input_ids" else config.type_vocab_size)
+
+
+def _given_rows(rows: Sequence[Mapping[str, Sequence[int]]], limit: int) -> list[dict[str, list[int]]]:
+    found = []
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping) or "input_ids" not in row:
+            raise DataError(f"Row {number} of those to check the graph with has no input_ids.")
+        found.append({k: list(v)[:limit] for k, v in row.items() if k in ("input_ids", "token_type_ids")})
+    if not found:
+        raise OptionError("The rows to check the graph with are empty; give some, or None for random ones.")
+    return found
+
+
 def _limit(model: Any, tokenizer: Any, asked: int | None) -> int:
     encoder = find_encoder(model)
     most = encoder.config.max_position_embeddings
     if encoder.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         most -= encoder.config.pad_token_id + 1  # positions start after the padding's
     if asked is not None:
-        if not 2 < asked <= most:
-            raise OptionError(f"max_length must be from 3 to the {most} tokens the model can read, not {asked}.")
+        if not isinstance(asked, int) or not 2 < asked <= most:
+            raise OptionError(f"max_length must be from 3 to the {most} tokens the model can read, not {asked!r}.")
         return asked
     own = getattr(model, "max_seq_length", None) or getattr(tokenizer, "model_max_length", None) or most
     return int(min(most, own, DEFAULT_MAX_LENGTH))

@@ -14,7 +14,7 @@ import datasets
 
 from thresher.errors import DataError, OptionError, nearest
 from thresher.tasks.data import DATA_VARIABLE, load_rows, name_columns
-from thresher.tasks.files import data_suffix
+from thresher.tasks.files import data_suffix, kind_of
 from thresher.tasks.given import as_rows
 
 SUFFIXES = (".txt", ".txt.gz", ".tsv", ".tsv.gz")
@@ -145,12 +145,10 @@ def _canonical(row: dict[str, Any], number: int) -> _Dialogue:
 def _texts(row: dict[str, Any], name: str, number: int) -> list[str]:
     texts = row[name]
     if not isinstance(texts, list):
-        raise DataError(
-            f"Row {number} holds a {type(texts).__name__} as its {name}, where a list of texts is expected."
-        )
+        raise DataError(f"Row {number} holds a {kind_of(texts)} as its {name}, where a list of texts is expected.")
     for text in texts:
         if not isinstance(text, str | None):
-            raise DataError(f"Row {number} holds a {type(text).__name__} among its {name}, where a text is expected.")
+            raise DataError(f"Row {number} holds a {kind_of(text)} among its {name}, where a text is expected.")
     return ["" if text is None else text for text in texts]
 
 

@@ -10,6 +10,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from thresher.errors import DataError, OptionError
+from thresher.tasks.files import kind_of
 
 DEFAULT_MAX_LENGTH = 512
 
@@ -102,9 +103,7 @@ def texts_of(values: Sequence[Any], column: str, offset: int) -> list[str]:
     """The texts of a column, of which the first is row `offset` (from 0). Errors as in `encode_texts`."""
     for row, value in enumerate(values, start=offset + 1):
         if not isinstance(value, str | int | float | None):
-            raise DataError(
-                f"Row {row} holds a {type(value).__name__} in the column '{column}', where a text is expected."
-            )
+            raise DataError(f"Row {row} holds a {kind_of(value)} in the column '{column}', where a text is expected.")
     return ["" if value is None else str(value) for value in values]
 
 

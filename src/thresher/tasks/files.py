@@ -10,7 +10,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,24 @@ def _text(path: Path, line: int, raw: bytes) -> str:
 
 
 def what_is_wrong(error: Exception) -> str:
-    """Of JSON that could not be read: it is nested too deep, or has a number of too many digits."""
+    """Of JSON that could not be read: what json says and where; or it is nested too deep, or a number has too many digits."""
+    if isinstance(error, json.JSONDecodeError):
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        return f"{error.msg.removesuffix(' at')} at {line}column {error.colno}"
     return "nested too deep" if isinstance(error, RecursionError) else "a number has too many digits"
+
+
+def kind_of(value: Any) -> str:
+    """What JSON calls a value, after "a"."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else "true or false"
+    kinds: tuple[tuple[Any, str], ...] = (
+        (str, "text"),
+        ((int, float), "number"),
+        (Mapping, "JSON object"),
+        ((list, tuple), "list"),
+    )
+    return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)
 
 
 def _json_lines(path: Path, content: bytes) -> list[tuple[int, Any]]:
@@ -100,12 +116,7 @@ def _json_lines(path: Path, content: bytes) -> list[tuple[int, Any]]:
         try:
             rows.append((number, json.loads(text)))
         except (ValueError, RecursionError) as error:
-            what = (
-                f"{error.msg} at column {error.colno}"
-                if isinstance(error, json.JSONDecodeError)
-                else what_is_wrong(error)
-            )
-            raise DataError(f"{path}, line {number}: this is not valid JSON ({what}).") from error
+            raise DataError(f"{path}, line {number}: this is not valid JSON ({what_is_wrong(error)}).") from error
     return rows
 
 
@@ -114,8 +125,7 @@ def _json_list(path: Path, content: bytes) -> list[Any]:
     try:
         rows: list[Any] = json.loads(text)
     except (ValueError, RecursionError) as error:
-        line, what = (error.lineno, error.msg) if isinstance(error, json.JSONDecodeError) else (1, what_is_wrong(error))
-        raise DataError(f"{path}, line {line}: this is not valid JSON ({what}).") from error
+        raise DataError(f"{path}: this is not valid JSON ({what_is_wrong(error)}).") from error
     return rows
 
 
@@ -126,7 +136,7 @@ def _columns(path: Path, unit: str, rows: Sequence[tuple[int, Any]]) -> dict[str
     first_number, first = rows[0]
     for number, row in rows:
         if not isinstance(row, dict):
-            raise DataError(f"{path}, {unit} {number}: a row must be an object, and this is a {type(row).__name__}.")
+            raise DataError(f"{path}, {unit} {number}: a row must be an object, and this is a {kind_of(row)}.")
         if row.keys() != first.keys():
             missing = next((field for field in first if field not in row), None)
             where, other = (number, first_number) if missing is not None else (first_number, number)

@@ -10,6 +10,7 @@ import datasets
 
 from thresher.errors import DataError
 from thresher.tasks.dialogues import dialogues
+from thresher.tasks.files import kind_of
 from thresher.tasks.given import as_rows
 
 _TEXTS = datasets.Sequence(datasets.Value("string"))
@@ -95,7 +96,7 @@ def _labelled(row: dict[str, Any], first: str, second: str) -> tuple[str, list[s
 
 def _text(value: Any) -> str:
     if not isinstance(value, str | None):
-        raise TypeError(f"a {type(value).__name__} where a text is expected")
+        raise TypeError(f"a {kind_of(value)} where a text is expected")
     return value or ""
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from thresher.errors import DataError
 from thresher.tasks.data import still_usual
-from thresher.tasks.files import what_is_wrong
+from thresher.tasks.files import kind_of, what_is_wrong
 
 SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
 """The endings of files that `read_questions` reads."""
@@ -78,7 +78,7 @@ def read_questions(
     if isinstance(found, dict):
         found = [found]
     if not isinstance(found, list):
-        raise DataError(f"{path} holds a {type(found).__name__}, where questions are expected.")
+        raise DataError(f"{path} holds a {kind_of(found)}, where questions are expected.")
     return _of_objects(enumerate(found, start=1), "question", names)
 
 
@@ -127,7 +127,7 @@ def _of_objects(objects: Iterable[tuple[int, Any]], unit: str, names: _Names) ->
         if isinstance(found, DataError):
             yield RawQuestion(place, problem=str(found))
         elif not isinstance(found, dict):
-            yield RawQuestion(place, problem=f"is a {type(found).__name__}, where an object is expected")
+            yield RawQuestion(place, problem=f"is a {kind_of(found)}, where an object is expected")
         elif "header" in found and "context" not in found:
             continue
         elif "qas" in found:
@@ -140,7 +140,7 @@ def _of_objects(objects: Iterable[tuple[int, Any]], unit: str, names: _Names) ->
             except DataError as error:
                 yield RawQuestion(place, problem=str(error))
                 continue
-            yield (_hotpot if "supporting_facts" in found else raw_question)(place, found)
+            yield (_hotpot if _is_hotpot(found) else raw_question)(place, found)
 
 
 def _squad(articles: list[Any], names: _Names, where: str = "") -> Iterator[RawQuestion]:
@@ -165,7 +165,7 @@ def _squad(articles: list[Any], names: _Names, where: str = "") -> Iterator[RawQ
 def _lacks(found: Any, name: str) -> str:
     """What is wrong with an object that should hold a list of this name, a sentence without its subject; "" for nothing."""
     if not isinstance(found, dict):
-        return f"is a {type(found).__name__}, where an object is expected"
+        return f"is a {kind_of(found)}, where an object is expected"
     return "" if isinstance(found.get(name), list) else f"has no list '{name}', {IN_SQUAD}"
 
 
@@ -217,21 +217,40 @@ def _loose(text: str) -> str:
     return re.sub(rf"[\s{re.escape(string.punctuation)}]+", "", text).casefold()
 
 
+def _is_hotpot(row: Mapping[str, Any]) -> bool:
+    """Its test questions have no supporting facts, but a context of titles and sentences all the same."""
+    context = row.get("context")
+    if isinstance(context, list):
+        return "supporting_facts" in row or any(isinstance(part, list) for part in context)
+    return "supporting_facts" in row or (isinstance(context, dict) and "title" in context)
+
+
 def _hotpot(place: str, row: dict[str, Any]) -> RawQuestion:
     """The paragraphs one below the other, each after its title; the answer where the supporting sentences first have it.
 
-    "yes", "no" and others that do not stand in the passage are accepted answers that stand nowhere.
+    "yes", "no" and others that do not stand in the passage are accepted answers that stand nowhere. The published files name
+    some supporting sentences that no paragraph has; these are left out, but not all of a question's may be.
     """
     raw = RawQuestion(place, row.get("_id", row.get("id")), row.get("question"))
     try:
-        paragraphs = _pairs(row["context"], "title", "sentences")
-        facts = {(title, number) for title, number in _pairs(row["supporting_facts"], "title", "sent_id")}
-        raw.context, sentences = _joined(paragraphs)
-        raw.evidence = [[start, end] for name, start, end in sentences if name in facts]
-        if "answer" in row:
-            raw.answers = [(row["answer"], _first(raw.context, row["answer"], raw.evidence))]
+        raw.context, sentences = _joined(_pairs(row["context"], "title", "sentences"))
     except (KeyError, TypeError, ValueError):
-        raw.problem = "has no context of titles and sentences with supporting_facts, as HotpotQA writes it"
+        raw.problem = "has no context of titles and sentences, as HotpotQA writes it"
+        return raw
+    try:
+        named = _pairs(row["supporting_facts"], "title", "sent_id") if row.get("supporting_facts") is not None else None
+        facts = set(named or ())
+    except (KeyError, TypeError, ValueError):
+        raw.problem = "has supporting_facts that are no titles with numbers of sentences, as HotpotQA writes them"
+        return raw
+    if named is not None:
+        raw.evidence = [[start, end] for name, start, end in sentences if name in facts]
+        if named and not raw.evidence:
+            raw.problem = f"names supporting facts of which its context has none, such as {list(named[0])}"
+    answer = row.get("answer")
+    if answer is not None:
+        where = _first(raw.context, answer, raw.evidence or []) if isinstance(answer, str) else NOWHERE
+        raw.answers = [(answer, where)]
     return raw
 
 
@@ -319,8 +338,7 @@ def _is_object(text: str) -> bool:
 
 
 def _invalid(error: Exception) -> str:
-    what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else what_is_wrong(error)
-    return f"is not valid JSON ({what})"
+    return f"is not valid JSON ({what_is_wrong(error)})"
 
 
 __all__ = ["NOWHERE", "SUFFIXES", "RawQuestion", "raw_question", "read_questions"]

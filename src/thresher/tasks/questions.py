@@ -13,6 +13,7 @@ import datasets
 
 from thresher.errors import DataError, OptionError
 from thresher.tasks.data import load_rows, local_file, name_columns
+from thresher.tasks.files import kind_of
 from thresher.tasks.given import as_rows
 from thresher.tasks.question_files import NOWHERE, SUFFIXES, RawQuestion, raw_question, read_questions
 
@@ -146,7 +147,7 @@ def _name(raw: RawQuestion) -> str | None:
 
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"has {'no' if value is None else f'a {type(value).__name__} as its'} {what}, which is a text")
+        raise DataError(f"has {'no' if value is None else f'a {kind_of(value)} as its'} {what}, which is a text")
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -9,6 +9,7 @@ import datasets
 
 from thresher.errors import DataError
 from thresher.tasks.data import map_columns
+from thresher.tasks.files import kind_of
 from thresher.tasks.given import as_rows
 
 OUTSIDE = "O"
@@ -61,9 +62,7 @@ def words_of(rows: datasets.Dataset) -> list[list[str]]:
             raise DataError(f"Row {number} holds {row!r} as its tokens, where a list of words is expected.")
         for word in row:
             if not isinstance(word, str):
-                raise DataError(
-                    f"Row {number} holds a {type(word).__name__} among its tokens, where a word is expected."
-                )
+                raise DataError(f"Row {number} holds a {kind_of(word)} among its tokens, where a word is expected.")
     return found  # type: ignore[no-any-return]
 
 

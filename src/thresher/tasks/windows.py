@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from thresher.errors import DataError, OptionError
 from thresher.tasks.dialogues import dialogues as response_selection
+from thresher.tasks.files import kind_of
 from thresher.tasks.given import as_rows
 from thresher.tasks.responses import EOS, PairFrame
 
@@ -54,7 +55,7 @@ def _turns(turns: Any, row: int) -> list[str]:
         raise DataError(f"Row {row} has no turns: they are {turns!r}, where a list of texts is expected.")
     for turn in turns:
         if not isinstance(turn, str | None):
-            raise DataError(f"Row {row} holds a {type(turn).__name__} among its turns, where a text is expected.")
+            raise DataError(f"Row {row} holds a {kind_of(turn)} among its turns, where a text is expected.")
     return [turn or "" for turn in turns]
 
 
