@@ -21,8 +21,7 @@ TASK = {"max_length": 40, "stride": 8}
 
 
 def pipeline_of(model: Any) -> Any:
-    options: dict[str, Any] = {"tokenizer": tokenizer(), "pipeline_class": thresher.QuestionAnswering, "device": "cpu"}
-    return transformers.pipeline("question-answering", model=model, **options)
+    return thresher.QuestionAnswering(model, tokenizer(), device="cpu")
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert"])
@@ -38,6 +37,13 @@ def test_it_answers_as_the_task_does(family: str, batch_size: int) -> None:
             (one.text, one.start, one.end) for one in theirs[:3]
         ]
         assert 1 > ours[0]["score"] >= ours[1]["score"] >= ours[2]["score"] > 0
+
+
+def test_by_the_name_of_a_task_that_transformers_has_not() -> None:
+    assert thresher.QuestionAnswering
+    model = make("bert", "question-answering")
+    ask: Any = transformers.pipeline("extractive-question-answering", model=model, tokenizer=tokenizer(), device="cpu")
+    assert ask(dict(ASKED[0])) == pipeline_of(model)(dict(ASKED[0]))
 
 
 def test_one_question_and_no_answer() -> None:
