@@ -6,13 +6,19 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.onnx import symbolic_helper
+from torch.onnx import symbolic_opset11 as opset11
+from torch.onnx import symbolic_opset14 as opset14
+from torch.onnx.utils import register_custom_op_symbolic, unregister_custom_op_symbolic
 
 from thresher.errors import OptionError, ThresherError
 from thresher.exits import EXIT_CONFIGS, Exit
@@ -23,6 +29,7 @@ from thresher.outputs import CLASSES, SPANS
 from thresher.policy import Trace, tracing
 
 OPSET = 17
+FUSED_DOMAIN = "com.microsoft"
 ANSWERS = ("logits", "scores", "sentence_embedding", "start_logits", "end_logits", "last_hidden_state")
 
 Ends = list[
@@ -135,8 +142,10 @@ def check_exportable(model: Any) -> None:
         )
 
 
-def write_graph(model: Any, path: Path) -> tuple[tuple[str, ...], Ends]:
+def write_graph(model: Any, path: Path, *, fused: bool) -> tuple[tuple[str, ...], Ends]:
     """Trace the attached model into an ONNX file; returns the names of its inputs, and of its outputs by where a row ends.
+
+    fused: attention that nobody reads becomes one operator of ONNX Runtime's own, which others do not know.
 
     Raises OptionError for a policy or an exit that a graph cannot hold, ThresherError when tracing fails.
     """
@@ -145,12 +154,21 @@ def write_graph(model: Any, path: Path) -> tuple[tuple[str, ...], Ends]:
     attachment = attachment_of(model)
     exit = attachment.exit if attachment.exit is not None and not attachment.exit.idle else None
     wrapped = _OneSequence(model, names, exit)
+    geometry = attachment.engine.entrance.geometry
+    heads = geometry.heads, geometry.attention // geometry.heads
     # The first example token stands for any; a second length shows nothing that the names of the axes do not say.
     example = torch.full((1, 7), int(find_encoder(model).config.pad_token_id or 0) + 1)
     values = (example, *(torch.zeros_like(example) for _ in names[1:]))
     try:
         # The model last to be put back: it is a part of what wraps it.
-        with evaluating(model), evaluating(wrapped), torch.no_grad(), _constant(attachment), _quiet():
+        with (
+            evaluating(model),
+            evaluating(wrapped),
+            torch.no_grad(),
+            _constant(attachment),
+            _quiet(),
+            _written(heads if fused else None),
+        ):
             wrapped(*values)  # names the outputs
             torch.onnx.export(
                 wrapped,
@@ -161,6 +179,7 @@ def write_graph(model: Any, path: Path) -> tuple[tuple[str, ...], Ends]:
                 input_names=list(names),
                 output_names=[name for _, ended in wrapped.ends for name in ended],
                 dynamic_axes={name: {1: "tokens"} for name in names},
+                custom_opsets={FUSED_DOMAIN: 1} if fused else None,
             )
     except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -189,6 +208,58 @@ def _constant(attachment: Any) -> Iterator[None]:
             parameter.requires_grad_(True)
         if exit is not None:
             exit.mode = mode
+
+
+@contextlib.contextmanager
+def _written(heads: tuple[int, int] | None) -> Iterator[None]:
+    """Inside this block the tracer writes what it knows too little of as plain operators. heads: their number and size, to
+    write attention as one operator, which makes no map of all pairs; None: it stays what it is made of."""
+    found: dict[str, Callable[..., Any]] = {"aten::squeeze": _squeeze}
+    if heads is not None:
+        found["aten::scaled_dot_product_attention"] = partial(_attention, heads)
+    for name, symbolic in found.items():
+        register_custom_op_symbolic(name, symbolic, OPSET)
+    try:
+        yield
+    finally:
+        for name in found:
+            unregister_custom_op_symbolic(name, OPSET)
+
+
+def _squeeze(g: Any, x: Any, dim: Any = None) -> Any:
+    """Of a dimension that is 1: not, as torch would write it, "where it is 1"."""
+    if dim is None:
+        return opset11.squeeze(g, x)
+    return g.op("Squeeze", x, g.op("Constant", value_t=torch.tensor([symbolic_helper._get_const(dim, "i", "dim")])))
+
+
+def _attention(
+    heads: tuple[int, int],
+    g: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any,
+    dropout: Any,
+    causal: Any,
+    scale: Any,
+    *_: Any,
+) -> Any:
+    """[1, H, N, d] each; without a mask that is com.microsoft::MultiHeadAttention, else what torch makes of it."""
+    if not symbolic_helper._is_none(mask):
+        return opset14.scaled_dot_product_attention(g, query, key, value, mask, dropout, causal, scale)
+    count, size = heads
+
+    def reshaped(x: Any, *shape: int) -> Any:
+        return g.op("Reshape", x, g.op("Constant", value_t=torch.tensor(shape)))
+
+    sides = [reshaped(g.op("Transpose", x, perm_i=[0, 2, 1, 3]), 1, -1, count * size) for x in (query, key, value)]
+    factor = 1 / math.sqrt(size) if symbolic_helper._is_none(scale) else symbolic_helper._maybe_get_const(scale, "f")
+    context = g.op(f"{FUSED_DOMAIN}::MultiHeadAttention", *sides, num_heads_i=count, scale_f=factor)
+    context.setType(
+        query.type().with_sizes([1, None, count * size])
+    )  # of what it does not know the tracer knows no type
+    return g.op("Transpose", reshaped(context, 1, -1, count, size), perm_i=[0, 2, 1, 3])
 
 
 @contextlib.contextmanager

@@ -98,7 +98,7 @@ def export(
         warn_without_int8_instructions()
     checked = _random_rows(model, limit) if rows is None else _given_rows(rows, limit)
     with checkpoint.staged(directory, last=files.MANIFEST) as staging:
-        inputs, ends = write_graph(model, staging / TRACED)
+        inputs, ends = write_graph(model, staging / TRACED, fused=runtime == "onnx")
         if tokenizer is not None:
             _write_tokenizer(tokenizer, staging)
         manifest = _manifest(model, runtime, inputs, ends, limit)
@@ -279,6 +279,7 @@ def _quantize(traced: Path, rows: list[dict[str, list[int]]], manifest: Manifest
             weight_type=QuantType.QInt8,
             op_types_to_quantize=["MatMul"],  # the layers' own; pooler and head see one token and stay exact
             reduce_range=not has_int8_instructions(),
+            extra_options={"DefaultTensorType": _onnx().TensorProto.FLOAT},  # of what a fused operator makes
         )
     finally:
         quiet.setLevel(level)
