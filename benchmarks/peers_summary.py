@@ -55,7 +55,6 @@ def main() -> None:
             )  # fmt: skip
             print(f"{name}-{suffix}: {label(ours)} / {label(other)} = {ours['value'] / other['value']:.2f} (>= {bar})")
 
-
         if batch != "b1" and {"exported-int8", "exported-drop-int8"} <= set(ways):
             realised(name, load, ways)
 
