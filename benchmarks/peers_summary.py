@@ -70,7 +70,7 @@ def realised(name: str, load: str, ways: dict[str, dict[str, Any]]) -> None:
         "peers", f"{name}-over-exported", f"{label(ours)} over the same export dropping nothing, as a share of its FLOPs ratio",
         gained / flops, "ratio", target=f">= {REALISED}", spread={"clock": round(gained, 3), "flops": round(flops, 3)},
         baseline=label(ways["exported-int8"]), data=ours["data"], split=ours["split"], examples=ours["examples"],
-        seeds=ours["seeds"], note="the clock's ratio on the timed rows, the FLOPs ratio on the whole of the split that is judged",
+        seeds=ours["seeds"], note="the clock's ratio on the timed rows, the FLOPs ratio on those that judge the method",
     )  # fmt: skip
     print(f"{name}-over-exported: {gained:.2f} of {flops:.2f} = {gained / flops:.2f} (>= {REALISED})")
 
