@@ -248,12 +248,15 @@ def by_length(bench: Bench, about: dict[str, Any]) -> None:
         if setting is not None:
             found[name] = bench.read(way, setting, "test")[1]
     for name, predictions in found.items():
-        scores = [bench.score(predictions[groups == group], rows_of(bench.test, groups == group)) for group in np.unique(groups)]
+        scores = [
+            bench.score(predictions[groups == group], rows_of(bench.test, groups == group))
+            for group in np.unique(groups)
+        ]
         id = f"lengths-{'start' if name == 'the start' else next(way for way, n in WAYS.items() if n == name)}"
         spread = {f"quarter_{n}": round(100 * score, 2) for n, score in enumerate(scores, 1)}
         bench.note_down(
             id,
-            f"{bench.task.metric} of the shortest quarter of the rows less that of the longest group: {name}",
+            f"{bench.task.metric} of the shortest quarter of the rows less that of the longest: {name}",
             100 * (scores[0] - scores[-1]),
             "points",
             spread={**spread, "quartiles_of_tokens": [round(float(edge)) for edge in edges]},
