@@ -418,7 +418,7 @@ def test_dialogues_are_read_from_turns_or_from_right_candidates() -> None:
         ({"turns": [["a"], None]}, "Row 2 has no turns"),
         ({"turns": [["a"], []]}, "Row 2 has no turns"),
         ({"turns": ["a", "b"]}, "Row 1 has no turns"),
-        ({"turns": [[1, 2]]}, "Row 1 holds a int"),
+        ({"turns": [[1, 2]]}, "Row 1 holds a number"),
         ({"text": ["a"]}, "they need turns"),
         ({"context": [["a"]], "candidates": [["b"]], "label": [1]}, "Row 1 has the label 1"),
     ],
