@@ -148,5 +148,7 @@ def start(bench: Texts) -> None:
     found = bench.score(run_packed(model, bench.held_out).predictions, bench.held_out)
     thresher.detach(model).save_pretrained(bench.start)
     bench.tokenizer.save_pretrained(bench.start)
-    (bench.start / STARTED).write_text(json.dumps({"examples": len(bench.train), "held_out": found}))
+    (bench.start / STARTED).write_text(
+        json.dumps({"passes": round(bench.start_epochs * len(bench.train)), "held_out": found})
+    )
     print(f"{bench.task.metric} on held-out rows: {found:.4f}")

@@ -41,7 +41,7 @@ def export(
         str | None,
         typer.Argument(
             metavar="DATA",
-            help="Rows as for fit, to check the graph with, and to calibrate OpenVINO's int8 by. Default: random tokens.",
+            help="Rows as for fit, to check the graph with; OpenVINO's int8 needs them. Default: random tokens.",
         ),
     ] = None,
     runtime: Annotated[

@@ -266,10 +266,8 @@ def _quantize(traced: Path, rows: list[dict[str, list[int]]], manifest: Manifest
         return
     quiet = logging.getLogger()
     level = quiet.level
-    try:
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-    except ImportError as error:
-        raise ThresherError('int8 needs the onnx package; run pip install "thresher[export]".') from error
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
     try:
         quiet.setLevel(logging.ERROR)  # it advises to preprocess, which changes nothing in these graphs
         quantize_dynamic(
