@@ -81,11 +81,12 @@ def test_the_answer_of_a_span_model_lies_in_the_context() -> None:
     start = torch.tensor([9.0, 8.0, 0.0, 0.0, 5.0, 0.0, 0.0])
     end = torch.tensor([9.0, 8.0, 0.0, 4.0, 0.0, 3.0, 9.0])
     offsets = [(0, 0), (0, 3), (0, 0), (0, 2), (3, 6), (7, 9), (0, 0)]
-    inside = torch.tensor([False, False, False, True, True, True, False])
-    found = Span.best(start, end, inside, offsets, "it was me")
-    assert (found.text, found.place, found.score, found.null) == ("was me", (4, 6), 8.0, 18.0)
-    nothing = Span.best(start, end, inside & False, offsets, "\u0301")  # no token of the context was read
-    assert (nothing.text, nothing.place, nothing.score) == ("", None, -math.inf)
+    logits = torch.stack([start, end], -1)
+    found = Span.best(logits, [3, 4, 5], offsets, "it was me")
+    assert found.answer is not None
+    assert (found.answer.text, found.place, found.score, found.null) == ("was me", (4, 6), 8.0, 18.0)
+    nothing = Span.best(logits, [], offsets, "\u0301")  # no token of the context was read
+    assert (nothing.answer, nothing.place, nothing.score) == (None, None, -math.inf)
 
 
 class SureForQuestionAnswering(BertForQuestionAnswering):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,11 +19,9 @@ from thresher.outputs import answers_with_spans
 from thresher.policy import Trace, tracing
 from thresher.report.tokens import TokenMap, surface_tokens
 from thresher.tasks.features import DEFAULT_MAX_LENGTH
-from thresher.tasks.spans import with_marks
+from thresher.tasks.spans import Answer, Windows, best_answers, null_scores
 
 TITLE_LENGTH = 60
-LONGEST_SPAN = 30  # tokens of an extracted answer
-DROPPED = -9e3  # a logit this low is that of a dropped token
 SHOWN_TAGS = 8
 
 Text = str | tuple[str, ...]
@@ -71,10 +71,9 @@ def explain(
                 outputs = encoder(**encoded.to(encoder.device))
             dropped = [layer or None for layer in traces[-1].dropped_at()[0].tolist()]
             if answers_with_spans(encoder):
-                inside = torch.tensor([side == len(sides) - 1 for side in sequence_ids])
-                spans.append(
-                    Span.best(outputs["start_logits"][0], outputs["end_logits"][0], inside, offsets, sides[-1])
-                )
+                logits = torch.stack([outputs["start_logits"][0], outputs["end_logits"][0]], -1)
+                inside = [i for i, side in enumerate(sequence_ids) if side == len(sides) - 1]
+                spans.append(Span.best(logits, inside, offsets, sides[-1]))
             note = answer(outputs, encoder.config, pieces, sequence_ids)
             one = TokenMap(_title(sides), tuple(pieces), tuple(dropped), layers, note)
             maps.append(one if exit is None else replace(one, **_early(traces[-1], exit)))
@@ -104,30 +103,28 @@ def _title(sides: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Span:
-    """The best answer inside one text. place: [first, end) in tokens; None where there is none to give, of score -inf. score:
-    start + end logit. null: that of [CLS], which says that there is no answer."""
+    """The best answer inside one text, None where there is none to give. place: its [first, end) in tokens. null: the score of
+    [CLS], which says that there is no answer."""
 
-    text: str
+    answer: Answer | None
     place: tuple[int, int] | None
-    score: float
     null: float
 
     @classmethod
-    def best(
-        cls, starts: Tensor, ends: Tensor, inside: Tensor, offsets: Sequence[tuple[int, int]], context: str
-    ) -> Span:
-        """starts, ends: [N] logits. inside: [N] bool, the tokens of the context. offsets: of each token, in its text."""
-        start, end = starts.float().cpu(), ends.float().cpu()
-        outside = ~inside | (start <= DROPPED) | (end <= DROPPED)
-        scores = start.masked_fill(outside, -torch.inf)[:, None] + end.masked_fill(outside, -torch.inf)[None, :]
-        allowed = torch.ones_like(scores, dtype=torch.bool).triu().tril(LONGEST_SPAN - 1)
-        scores = scores.masked_fill(~allowed, -torch.inf)
-        score, null = float(scores.max()), float(start[0] + end[0])
-        if score == -torch.inf:
-            return cls("", None, score, null)
-        first, last = divmod(int(scores.argmax()), len(start))
-        text = context[offsets[first][0] : with_marks(context, offsets[last][1])]
-        return cls(text.strip(), (first, last + 1), score, null)
+    def best(cls, logits: Tensor, inside: Sequence[int], offsets: Sequence[tuple[int, int]], context: str) -> Span:
+        """logits: [N, 2], of start and end. inside: the tokens of the context. offsets: of each token, in its text."""
+        said = logits.unsqueeze(0).double().cpu().numpy()
+        shown = (0, 0, inside[0] if inside else 0, 0, len(inside))
+        windows = Windows.of([shown], [np.array([offsets[i] for i in inside], dtype=np.int64).reshape(-1, 2)])
+        (found,), (null,) = best_answers(said, windows, [context], n_best=1), null_scores(said, windows, 1).tolist()
+        if not found:
+            return cls(None, None, null)
+        held = [i for i in inside if offsets[i][0] < found[0].end and offsets[i][1] > found[0].start]
+        return cls(found[0], (held[0], held[-1] + 1), null)
+
+    @property
+    def score(self) -> float:
+        return -math.inf if self.answer is None else self.answer.score
 
 
 def _answered(
@@ -141,8 +138,8 @@ def _answered(
         null, span = min(spans[number].null for number in windows), spans[best]
         if threshold is not None and null - span.score > threshold:
             said[best] = replace(said[best], note="no answer")
-        else:
-            said[best] = replace(said[best], note=span.text, answer=span.place)
+        elif span.answer is not None:
+            said[best] = replace(said[best], note=span.answer.text, answer=span.place)
     return said
 
 
