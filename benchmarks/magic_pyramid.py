@@ -39,6 +39,8 @@ BUDGETS = (0.5, 1.0, 2.0)  # points lost on held-out rows
 WAYS = {"ltp": "LTP alone", "exit": "FastBERT's exit alone", "union": "Magic Pyramid"}
 # An example that only branches learn from is read forward: a third of a pass.
 SHARES = {"soft.epochs": 0.25, "hard.epochs": 0.75, "exit.epochs": 1.0}
+# The hard-pruned model also learns from what the start says, as branches learn from what it says.
+DISTILLED = {"hard.distil_weight": 1.0, "hard.dropout": False}
 
 Setting = tuple[float, float]  # LTP's strength, the exit's threshold
 
@@ -51,8 +53,8 @@ class Bench(Texts):
     @property
     def note(self) -> str:
         return (
-            f"MiniLM-L6, {self.max_tokens} tokens; {self.args.passes} passes for LTP, as many examples for branches; "
-            f"settings chosen on {len(self.held_out)} held-out training rows"
+            f"MiniLM-L6, {self.max_tokens} tokens; {self.args.passes} passes for LTP, its hard stage distilled, as many "
+            f"examples for branches; settings chosen on {len(self.held_out)} held-out training rows"
         )
 
     def trained(self, name: str) -> Any:
@@ -69,6 +71,7 @@ class Bench(Texts):
         if epochs < 1:
             rows, epochs = rows.select(range(self.args.passes)), 1.0
         union = name == "union"
+        shares = {key: part * epochs for key, part in SHARES.items() if union or key.startswith("exit")}
         return fit(
             self.model(),
             thresher.LTP(temperature=5e-4) if union else None,
@@ -78,7 +81,7 @@ class Bench(Texts):
             exit=thresher.FastBERT(),
             validation=self.held_out,
             speedup=self.args.trained_at if union else None,
-            overrides={key: part * epochs for key, part in SHARES.items() if union or key.startswith("exit")},
+            overrides={**shares, **(DISTILLED if union else {})},
             seed=self.args.seed,
             notes={"benchmark": about},
             progress=False,

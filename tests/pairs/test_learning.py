@@ -124,6 +124,47 @@ def test_in_batch_negatives_written_out() -> None:
     torch.testing.assert_close(step(made, rows, PairLoss(temperature=2.0, negatives=1)).detach(), expected)
 
 
+def test_what_both_sides_say_apart_written_out() -> None:
+    """The dual-encoder that a MixEncoder starts as learns beside it, from the same candidates."""
+    settings = {"start": "dual", "strategy": "M", "similarity": "cosine", "k": 2}
+    made = scorer("mixencoder", **settings)
+    rows = datasets.Dataset.from_list([{"query": f"w{20 + i} w7", "positive": f"w{30 + i} w9 w8"} for i in range(3)])
+
+    def mean_states(text: str) -> torch.Tensor:
+        ids = made.tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad(), thresher.stock():
+            return made.encoder(ids).last_hidden_state[0]
+
+    queries = torch.stack([mean_states(text).mean(0) for text in rows["query"]])
+    halves = [
+        [half.mean(0) for half in mean_states(text).tensor_split([len(mean_states(text)) // 2])]
+        for text in rows["positive"]
+    ]
+    candidates = torch.stack([(first + second) / 2 for first, second in halves])
+    scores = F.cosine_similarity(queries[:, None], candidates[None], dim=-1) / 0.1
+    together, both = (step(made, rows, PairLoss(temperature=0.1, apart_weight=w)).detach() for w in (0.0, 0.5))
+    torch.testing.assert_close(both - together, 0.5 * F.cross_entropy(scores, torch.arange(3)), rtol=1e-4, atol=1e-5)
+    for other in (scorer("dual"), scorer("mixencoder"), scorer("mixencoder", classes=2, **settings)):
+        with pytest.raises(
+            OptionError, match="apart_weight is for a MixEncoder that ranks and starts as a dual-encoder"
+        ):
+            PairLearner(other, PairLoss(apart_weight=1.0))
+
+
+def test_what_the_encoder_did_not_bring_learns_at_a_rate_of_its_own(tmp_path: Path) -> None:
+    moved = {}
+    for own in (None, 1e-3):
+        made = scorer("mixencoder", start="dual", strategy="M")
+        before = {name: p.detach().clone() for name, p in made.named_parameters()}
+        options = {"max_steps": 1, "learning_rate": 1e-5, "own_learning_rate": own, "warmup": 0.0, "weight_decay": 0.0}
+        train(made, toy(8), tmp_path / str(own), **options, **QUIET)
+        moved[own] = {name: float((p.detach() - before[name]).abs().max()) for name, p in made.named_parameters()}
+    for name, distance in moved[1e-3].items():
+        expected = moved[None][name] * (1.0 if name.startswith("encoder.") else 100.0)
+        assert distance == pytest.approx(expected, rel=0.02, abs=1e-6), name
+    assert max(moved[1e-3].values()) > 5e-4  # Adam's first step is about the rate
+
+
 def test_what_is_right_as_well_is_no_negative() -> None:
     made = scorer("dual")
     rows = datasets.Dataset.from_list(
@@ -301,6 +342,8 @@ def test_rows_and_settings_that_do_not_fit(tmp_path: Path) -> None:
         {"negatives": -1},
         {"negatives": 1.5},
         {"label_weight": -1.0},
+        {"apart_weight": -1.0},
+        {"apart_weight": 1.0, "label_weight": 0.0, "distil_weight": 1.0},
         {"distil_weight": math.inf},
         {"distil_temperature": 0.0},
         {"label_weight": 0.0},
@@ -313,7 +356,7 @@ def test_rows_and_settings_that_do_not_fit(tmp_path: Path) -> None:
     for batch_size in (0, 1.5, "8"):
         with pytest.raises(OptionError, match="whole number of queries, at least 1"):
             train(scorer("dual"), toy(2), tmp_path, batch_size=batch_size, **QUIET)
-    for name in ("epochs", "learning_rate"):
+    for name in ("epochs", "learning_rate", "own_learning_rate"):
         for value in (0.0, math.nan, "3"):
             with pytest.raises(OptionError, match=f"{name} must be a number above 0"):
                 train(scorer("dual"), toy(2), tmp_path, **{**QUIET, name: value})

@@ -94,6 +94,13 @@ def fit_scorer(
     epochs: Annotated[float, typer.Option(rich_help_panel=TRAINING)] = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Queries a step.", rich_help_panel=TRAINING)] = 64,
     learning_rate: Annotated[float, typer.Option(rich_help_panel=TRAINING)] = 2e-5,
+    own_learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Of the scorer's own weights (interactions, codes, heads). Default: as the encoder's.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     validation: Annotated[
         str | None,
         typer.Option(
@@ -136,8 +143,9 @@ def fit_scorer(
     directory_to_write(out)
     run = {"model": model, "data": data, "limit": limit, "columns": columns, "scorer": new.signature, "policy": policy,
            "teacher": teacher, "loss": dataclasses.asdict(lessons)}  # fmt: skip
-    options = {"hard": hard, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
-               "precision": precision, "use_cpu": place == "cpu"}  # fmt: skip
+    options = {"hard": hard, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate,
+               "own_learning_rate": own_learning_rate, "seed": seed, "precision": precision,
+               "use_cpu": place == "cpu"}  # fmt: skip
     taught = None if teacher is None else load(teacher)
     with numbered_as_read(rows):
         metrics = _trained(new, rows, out, run, options, lessons, taught)

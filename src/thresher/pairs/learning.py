@@ -139,6 +139,7 @@ def train(
     epochs: float = 1.0,
     batch_size: int = 64,
     learning_rate: float = 1e-5,
+    own_learning_rate: float | None = None,
     warmup: float = 0.06,
     weight_decay: float = 0.01,
     dropout: bool = True,
@@ -157,6 +158,8 @@ def train(
     loss: what is learned from; by default in-batch negatives, or the labels of a scorer with classes.
     teacher: a trained scorer, usually a cross-encoder, for distillation.
     hard: the most wrong candidates of its own that a query brings; None for all.
+    own_learning_rate: of the weights that are the scorer's own and not its encoder's, such as interactions, codes and heads,
+        which begin from nothing and at an encoder's rate stay near it; None: learning_rate.
     batch_size: queries a step. dropout: whether the encoder's own is on.
     arguments: anything else transformers.TrainingArguments takes (gradient_accumulation_steps, max_steps, use_cpu, ...).
     A scorer with a lexical signal counts its document frequencies over the candidates of `rows`.
@@ -164,7 +167,8 @@ def train(
     Raises DataError for rows that cannot be learned from, OptionError for settings that do not fit, or when `directory` holds
     an unfinished run with others, ThresherError where training diverges.
     """
-    _check(epochs, batch_size, learning_rate)
+    own_rate = learning_rate if own_learning_rate is None else own_learning_rate
+    _check(epochs, batch_size, learning_rate=learning_rate, own_learning_rate=own_rate)
     found = examples(scorer, rows, hard=hard, seed=seed)
     if scorer.lexical is not None:
         scorer.lexical.count(text for example in found.made for text in example.candidates)
@@ -184,13 +188,14 @@ def train(
         "scorer": scorer.signature,
         "loss": dataclasses.asdict(learner.loss),
         "examples": [len(found.made), found.made[0].query, found.made[-1].query],
-        "settings": [epochs, batch_size, learning_rate, seed, hard],
+        "settings": [epochs, batch_size, learning_rate, own_rate, seed, hard],
     }
     work = Path(directory)
     if resume:
         refuse_another_run(work, run)
     settings = training_arguments(directory, given, precision)
-    trainer = Trainer(learner, settings, train_dataset=found.made, data_collator=collate, callbacks=list(callbacks))  # type: ignore[arg-type]
+    trainer = _TwoRates(learner, settings, train_dataset=found.made, data_collator=collate, callbacks=list(callbacks))  # type: ignore[arg-type]
+    trainer.own_rate = own_rate
     trainer.remove_callback(PrinterCallback)  # it would print to standard output, which belongs to the caller
     last = get_last_checkpoint(str(work)) if resume and work.is_dir() else None
     begin(work, run)
@@ -205,10 +210,32 @@ def train(
     return {**result.metrics, "cut": float(found.cut), "left_out": float(found.left_out)}
 
 
-def _check(epochs: float, batch_size: int, learning_rate: float) -> None:
+class _TwoRates(Trainer):
+    """Trainer with a learning rate of its own for what is not the encoder's."""
+
+    own_rate: float
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            learner: Any = self.model
+            decayed = set(self.get_decay_parameter_names(learner))
+            groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+            for name, parameter in learner.named_parameters():
+                rate = self.args.learning_rate if name.startswith("scorer.encoder.") else self.own_rate
+                decay = self.args.weight_decay if name in decayed else 0.0
+                if parameter.requires_grad:
+                    groups.setdefault((rate, decay), []).append(parameter)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = kind(
+                [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()], **options
+            )
+        return self.optimizer
+
+
+def _check(epochs: float, batch_size: int, **rates: float) -> None:
     if not is_whole(batch_size) or batch_size < 1:
         raise OptionError(f"A step learns from a whole number of queries, at least 1, not {batch_size!r}.")
-    for name, value in (("epochs", epochs), ("learning_rate", learning_rate)):
+    for name, value in {"epochs": epochs, **rates}.items():
         if not is_number(value) or not 0.0 < value < math.inf:
             raise OptionError(f"{name} must be a number above 0, not {value!r}.")
 

@@ -28,24 +28,29 @@ class PairLoss:
         reads pairs together reads that many more.
     label_weight, distil_weight: of the labels' loss, and of what a teacher says (its scores, and for DeFormer and VIRT what
         happens inside it). distil_temperature: T, of both softmaxes; the loss is multiplied by its square (Hinton et al. 2015).
+    apart_weight: of the labels' loss over what both sides say before they interact, where a MixEncoder starts as a
+        dual-encoder: its encoder goes on learning as that one's would, and interaction learns what is left.
     """
 
     temperature: float = 1.0
     negatives: int | None = None
     label_weight: float = 1.0
+    apart_weight: float = 0.0
     distil_weight: float = 0.0
     distil_temperature: float = 2.0
     numbers: bool | None = None
 
     def __post_init__(self) -> None:
         above = {"temperature": 0.0, "distil_temperature": 0.0}
-        for name in ("temperature", "label_weight", "distil_weight", "distil_temperature"):
+        for name in ("temperature", "label_weight", "apart_weight", "distil_weight", "distil_temperature"):
             value = getattr(self, name)
             low = above.get(name, -1e-300)
             if not is_number(value) or not low < value < math.inf:
                 raise OptionError(f"Training cannot have {name}={value!r}.")
         if self.negatives is not None and (not is_whole(self.negatives) or self.negatives < 0):
             raise OptionError(f"Training cannot have negatives={self.negatives!r}.")
+        if self.apart_weight and not self.label_weight:
+            raise OptionError("apart_weight adds to the labels' loss; give label_weight a value above 0 with it.")
         if not (self.label_weight or self.distil_weight):
             raise OptionError("With label_weight=0 and distil_weight=0 nothing is learned; give one of them a weight.")
 
@@ -68,6 +73,10 @@ class PairLearner(nn.Module):
         if loss.distil_weight and teacher is None:
             raise OptionError(
                 "Distillation needs a teacher; give a trained cross-encoder, or leave distil_weight at 0."
+            )
+        if loss.apart_weight and not scorer.speaks_apart:
+            raise OptionError(
+                "apart_weight is for a MixEncoder that ranks and starts as a dual-encoder; leave it at 0."
             )
         if teacher is not None:
             _check_teacher(scorer, teacher)
@@ -110,7 +119,13 @@ class PairLearner(nn.Module):
             picked.sort()
             parts.append(block if len(picked) == len(block) else block.select(picked))
             places.append(picked.index(targets[b]))
-        said = self.scorer.compare_each(asked, parts)
+        loss = self._ranking(self.scorer.compare_each(asked, parts), places)
+        if self.loss.apart_weight:
+            apart = self.scorer.apart_each([one.states for one in asked], parts)
+            loss = loss + self.loss.apart_weight * self._ranking(apart, places)
+        return loss
+
+    def _ranking(self, said: list[Tensor], places: list[int]) -> Tensor:
         logs = [(scores.float() / self.loss.temperature).log_softmax(0) for scores in said]
         return -torch.stack([log[place] for log, place in zip(logs, places, strict=True)]).mean()
 

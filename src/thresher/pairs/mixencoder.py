@@ -202,6 +202,16 @@ class MixEncoder(Scorer[MixEncoderConfig]):
                 asked = asked + self.share[0] * h
         return list(self.head(asked, candidate).split(counts))
 
+    @property
+    def speaks_apart(self) -> bool:
+        return self.share is not None and not self.config.classes
+
+    def apart_each(self, queries: Sequence[Query], blocks: Sequence[Block]) -> list[Tensor]:
+        return [
+            self.head(query[-1].expand(len(block), -1), block.dense.mean(1))
+            for query, block in zip(queries, blocks, strict=True)
+        ]
+
 
 def _context(encoder: Any, tokenizer: Any, config: MixEncoderConfig) -> nn.Parameter | None:
     """What a candidate is summed up with. S: [k, E], which begin as [CLS], so that k = 1 begins as a dual-encoder; positions

@@ -367,6 +367,15 @@ class Scorer(nn.Module, Generic[ConfigT]):
         with mode, torch.inference_mode():
             yield
 
+    @property
+    def speaks_apart(self) -> bool:
+        """Whether `apart_each` has something to say."""
+        return False
+
+    def apart_each(self, queries: Sequence[Query], blocks: Sequence[Block]) -> list[Tensor]:
+        """Scores as `match_each` gives them, of what a query and a candidate are before they interact."""
+        raise NotImplementedError
+
     def imitation(self, teacher: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor | None:
         """What distillation adds to the teacher's scores: a loss over (query row, candidate row) pairs; None for nothing."""
         return None
