@@ -493,6 +493,32 @@ def test_other_settings_are_refused(done: Comparison, changes: dict[str, Any], n
         compared(done.directory, **changes)
 
 
+def test_another_head_and_another_truth_are_refused(tmp_path: Path) -> None:
+    def part(seed: int, truth: list[int]) -> Part:
+        rows = dataset(12, seed=seed)
+        return Part(rows, lambda predictions: accuracy(predictions, rows), name="rows", truth=truth)
+
+    given = {"validation": part(1, [0]), "test": part(2, [0]), "quality": None, "methods": ("random",), "clock": None}
+    compared(tmp_path, **given)
+    with pytest.raises(OptionError, match=r"other settings \(judged"):
+        compared(tmp_path, **{**given, "test": part(2, [1])})
+    other = make("bert", layers=2)
+    with torch.no_grad():
+        other.classifier.weight.neg_()
+    options = {**given, "passes": 32, "speedups": (1.3,), "speedup": 1.6, "overrides": {"batch_size": 8}}
+    fixed = {"evaluations": 3, "sampler": "evolutionary", "precision": "float32", "use_cpu": True}
+    with pytest.raises(OptionError, match=r"other settings \(model"):
+        compare(other, dataset(24), tokenizer(), tmp_path, **options, **fixed)
+
+
+def test_rows_of_one_answer_are_refused(tmp_path: Path) -> None:
+    rows = dataset(24)
+    same = rows.remove_columns("labels").add_column("labels", [1] * len(rows))
+    with pytest.raises(DataError, match="Every row of the training data has the same label"):
+        compare(make("bert"), same, tokenizer(), tmp_path / "new", validation=rows, methods=("random",))
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_method_with_other_settings_is_refused(done: Comparison) -> None:
     with pytest.raises(OptionError, match=r"holds attention-mass with other settings \(settings\)"):
         compared(done.directory, methods=(thresher.AttentionMass(min_tokens=3),))

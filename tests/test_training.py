@@ -32,6 +32,7 @@ from thresher.policy import Stage
 from thresher.training import Learner, distillation_loss, fit, run_stage
 from thresher.training.frontiers import TRAINED
 from thresher.training.learner import neighbourhood_loss, stock_copy
+from thresher.training.resuming import last_checkpoint
 from thresher.training.stages import bfloat16_is_fast
 
 HARD = Stage(name="hard", mode="hard", batch_size=8, warmup=0.0, learning_rate=1e-3)
@@ -242,6 +243,24 @@ def test_an_interrupted_stage_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert steps[0] == 1
 
 
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path: Path) -> None:
+    """Trainer writes into the folder itself, its state last: a run that is killed meanwhile leaves one without it."""
+    options = {**QUIET, "save_steps": 2, "num_train_epochs": 2}
+    trained = thresher.attach(make("bert"), settings(CONFIGS["ltp"]))
+    with pytest.raises(Stop):
+        run_stage(trained, SOFT, dataset(32), tokenizer(), tmp_path, callbacks=[interrupting(5)], **options)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-6").mkdir()
+    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"global_step": 1')
+    (tmp_path / "checkpoint-x").mkdir()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    again = thresher.attach(make("bert"), settings(CONFIGS["ltp"]))
+    assert run_stage(again, SOFT, dataset(32), tokenizer(), tmp_path, **options)["epoch"] == 2.0
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
+    assert last_checkpoint(tmp_path / "none") is None
+
+
 def fitted(directory: Path, model: Any = None, **options: Any) -> Any:
     model = model if model is not None else make("bert")
     settings_ = {"stages": (SOFT, HARD), "max_steps": 3, **QUIET, **options}
@@ -302,6 +321,59 @@ def test_an_unfinished_run_is_not_mixed_with_other_rows_or_another_start(tmp_pat
         start.base_model.embeddings.word_embeddings.weight.add_(0.01)
     with pytest.raises(OptionError, match=r"other settings \(model\)"):
         thresher.fit(start, "ltp", rows, tokenizer(), tmp_path, **quiet)
+
+
+def test_an_unfinished_run_is_not_mixed_with_another_head(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        fitted(tmp_path, on_stage=stop_at("hard"))
+    other = make("bert")
+    with torch.no_grad():
+        other.classifier.weight.neg_()
+    with pytest.raises(OptionError, match=r"other settings \(model\)"):
+        fitted(tmp_path, other)
+
+
+def test_a_damaged_note_of_an_unfinished_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        fitted(tmp_path, on_stage=stop_at("hard"))
+    for text in ("", "[1]"):
+        (tmp_path / "training" / "fit.json").write_text(text)
+        with pytest.raises(DataError, match="fit.json is damaged.*remove that directory"):
+            fitted(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("policy", "exit", "first"), [("adapler", None, "soft"), (None, "fastbert", "exit"), ("ltp", "deebert", "soft")]
+)
+def test_what_is_new_begins_alike_whatever_ran_before(
+    policy: str | None, exit: str | None, first: str, tmp_path: Path
+) -> None:
+    """And the caller's own draws go on as if nothing had been trained in between."""
+    options = {"exit": exit, "seed": 3, "on_stage": stop_at(first), **QUIET}
+    found = []
+    for number in range(2):
+        model = make("bert")
+        torch.manual_seed(number)
+        expected = torch.rand(3)
+        torch.manual_seed(number)
+        with pytest.raises(Stop):
+            fit(model, policy, dataset(24), tokenizer(), tmp_path / str(number), **options)
+        assert torch.equal(torch.rand(3), expected)
+        attachment = attachment_of(model)
+        parts = [part for part in (attachment.policy, attachment.exit) if part is not None]
+        found.append([value.clone() for part in parts for value in part.state_dict().values()])
+    assert found[0]
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_labels_that_teach_nothing_are_told_before_anything_is_trained(tmp_path: Path) -> None:
+    rows = dataset(24)
+    wrong, same = (rows.remove_columns("labels").add_column("labels", [value] * len(rows)) for value in (9, 1))
+    for given, says in ((wrong, "Row 1 has the label 9"), (same, "Every row of the training data has the same label")):
+        for options in ({"policy": "ltp"}, {"policy": None, "exit": "deebert"}):
+            with pytest.raises(DataError, match=says):
+                fit(make("bert"), rows=given, tokenizer=tokenizer(), directory=tmp_path / "new", **options, **QUIET)
+            assert not (tmp_path / "new").exists()
 
 
 def test_no_rows_are_an_error_that_leaves_nothing(tmp_path: Path) -> None:

@@ -202,7 +202,9 @@ def _to_loss(search: _Search, quality: Quality, floor: float) -> tuple[float, Ru
     if low == 0.0 or search.at(low).speedup <= 1.0:  # a strength so small that nothing drops is no setting
         tried = [(quality(r.predictions), r.speedup) for r in search.seen.values() if r.speedup > 1.0]
         if not tried:
-            raise TargetError("No setting drops anything on these rows; they may be too short for the method.")
+            raise TargetError(
+                "No setting saves more on these rows than it costs; they, or the model, may be too short for the method."
+            )
         best, ratio = max(tried)
         raise TargetError(
             f"No setting that drops anything stays at {floor:.4f} or above on these rows; the nearest has {best:.4f} at "

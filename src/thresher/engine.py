@@ -171,6 +171,8 @@ class Engine:
             return None  # transformers' own error says what is missing
         if len(like) == 0:
             raise DataError("The batch has no rows; give an attached model at least one.")
+        if like.shape[1] == 0:
+            raise DataError("The batch has no tokens; give every row at least one.")
         mask, segments = _mask_in(given), self._segments(given)
         policy, exit, edits = self._acting(like.device)
         return Pass(

@@ -49,6 +49,38 @@ def check_labels(encoder: Any, rows: Any) -> None:
             raise DataError(f"Row {number} has the label {value!r}, where a number is expected.")
 
 
+def refuse_one_answer(rows: Any, kind: str, source: str = "the training data") -> None:
+    """Raises DataError when the labels of encoded rows are all the same.
+
+    kind: "classification", "regression" or "tagging"; of anything else labels are not looked at. source: what to call the rows.
+    """
+    if kind not in ("classification", "regression", "tagging"):
+        return
+    labels = _column(rows, "labels")
+    if not len(labels):
+        return
+    different = set(labels) if not isinstance(labels[0], list) else set(map(tuple, labels))
+    if kind == "tagging":
+        different = {label for row in labels for label in row} - {IGNORED}
+    if len(different) < 2:
+        what, more = {
+            "classification": ("Every row of {} has the same label", "classes"),
+            "regression": ("Every row of {} has the same value", "values"),
+            "tagging": ("Every word of {} has the same tag", "tags"),
+        }[kind]
+        raise DataError(f"{what.format(source)}, so nothing can be learned or lost; give rows of two {more} or more.")
+
+
+def kind_of_labels(encoder: Any) -> str:
+    """What `refuse_one_answer` calls the labels of a model's head."""
+    kind, config = type(encoder).__name__, encoder.config
+    if kind.endswith("ForTokenClassification"):
+        return "tagging"
+    if kind.endswith("ForSequenceClassification"):
+        return "regression" if config.num_labels == 1 and config.problem_type != SEVERAL else "classification"
+    return "other"
+
+
 def _column(rows: Any, name: str) -> Sequence[Any]:
     names = getattr(rows, "column_names", rows)
     return rows[name][:] if name in names else ()
@@ -85,4 +117,4 @@ def _finite(value: Any) -> bool:
     return is_number(value) and math.isfinite(value)
 
 
-__all__ = ["IGNORED", "LABELS", "check_labels"]
+__all__ = ["IGNORED", "LABELS", "check_labels", "kind_of_labels", "refuse_one_answer"]

@@ -170,12 +170,13 @@ def compare(
     place = place_of(device)
     begun = time.monotonic()
 
-    from thresher.cli.data import kind_asked, numbered_as_read, refuse_one_answer
+    from thresher.cli.data import kind_asked, numbered_as_read
     from thresher.cli.starting import open_start
     from thresher.comparing import Clock
     from thresher.comparing import compare as contest
     from thresher.comparing.contestants import contestants
     from thresher.comparing.keeping import RUN
+    from thresher.targets import refuse_one_answer
 
     contestants(names)  # rather now than after the model
     directory_to_write(out)
@@ -288,7 +289,7 @@ def _part(start: Opened, encoded: EncodedRows, name: str) -> Part:
         return Part(encoded.rows, quality, each=lambda now: _cosines(now, reference), name=name)
     quality, each = start.work.quality(truth, _nothing()), _each(start.work, truth)
     drawn = None if each is not None else _drawn(start.work, truth)
-    return Part(encoded.rows, quality, each, drawn, name)
+    return Part(encoded.rows, quality, each, drawn, name, truth=list(truth.labels))
 
 
 def _each(work: Work, truth: Truth) -> Callable[[np.ndarray], np.ndarray] | None:

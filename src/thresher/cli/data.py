@@ -149,26 +149,6 @@ def numbered_as_read(rows: datasets.Dataset) -> Iterator[None]:
         raise DataError(f"Row {number}{str(error)[found.end() :]}") from error
 
 
-def refuse_one_answer(rows: datasets.Dataset, kind: str, source: str) -> None:
-    """Raises DataError when the labels of encoded rows, classes, values or tags, are all the same."""
-    if kind not in ("classification", "regression", "tagging") or "labels" not in rows.column_names:
-        return
-    from thresher.targets import IGNORED
-
-    labels = rows["labels"][:]
-    if isinstance(labels[0], list):
-        labels = (
-            [label for row in labels for label in row if label != IGNORED] if kind == "tagging" else map(tuple, labels)
-        )
-    if len(set(labels)) < 2:
-        what, more = {
-            "classification": ("Every row of {} has the same label", "classes"),
-            "regression": ("Every row of {} has the same value", "values"),
-            "tagging": ("Every word of {} has the same tag", "tags"),
-        }[kind]
-        raise DataError(f"{what.format(source)}, so nothing can be learned or lost; give rows of two {more} or more.")
-
-
 def passages(rows: datasets.Dataset, columns: Mapping[str, str]) -> list[str] | None:
     """Of each row the passage that it asks about; None where rows are no questions. columns: names they may yet have to get."""
     if not {"question", "context", "answers"} <= {*rows.column_names, *columns}:

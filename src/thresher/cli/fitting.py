@@ -156,9 +156,10 @@ def fit(
     place = place_of(device)
     begun = time.monotonic()
 
-    from thresher.cli.data import kind_asked, numbered_as_read, refuse_one_answer, training_rows
+    from thresher.cli.data import kind_asked, numbered_as_read, training_rows
     from thresher.cli.graphs import in_windows
     from thresher.cli.starting import open_start
+    from thresher.targets import refuse_one_answer
 
     kind = kind_asked(task, data)
     limits = (limit, validation_limit)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from thresher.cli.screen import Interrupted, notice
-from thresher.errors import OptionError, TargetError
+from thresher.errors import DataError, OptionError, TargetError
 
 
 @contextlib.contextmanager
@@ -57,7 +57,9 @@ def _same_run(work: Path, settings: dict[str, Any]) -> None:
         try:
             before = json.loads(file.read_text(encoding="utf-8"))
         except ValueError:
-            before = {}
+            raise DataError(
+                f"{file} is damaged, so nobody knows what the unfinished run in {work} was begun with; remove that directory."
+            ) from None
         changed = [name for name in settings if before.get(name) != settings[name]]
         if changed:
             raise OptionError(

@@ -32,6 +32,7 @@ class Part:
     drawn: from predictions and the row numbers of every unit drawn, some more than once, to the quality on those: what a
         bootstrap needs where the quality is no mean.
     name: what reports call these rows.
+    truth: what the quality judges by and the rows do not hold, as plain values; a run does not go on with another.
     """
 
     rows: datasets.Dataset
@@ -39,6 +40,7 @@ class Part:
     each: Callable[[np.ndarray], np.ndarray] | None = None
     drawn: Callable[[np.ndarray, Sequence[np.ndarray]], float] | None = None
     name: str = "rows"
+    truth: Any = None
 
     @classmethod
     def of(cls, rows: datasets.Dataset, quality: RowsQuality | None, name: str) -> Part:
@@ -99,7 +101,7 @@ class Part:
 
     @cached_property
     def digest(self) -> str:
-        return digest(self.rows)
+        return digest(self.rows, self.truth)
 
     def sample(self, most: int) -> datasets.Dataset:
         """At most so many of the rows, spread over all of them."""

@@ -26,8 +26,9 @@ from thresher.comparing.judging import Part, RowsQuality, parts
 from thresher.comparing.keeping import Kept
 from thresher.comparing.standings import Standing, Target, apply, frontier, pick
 from thresher.errors import DataError, OptionError
-from thresher.model import attach, attachment_of, save
+from thresher.model import attach, attachment_of, find_encoder, save
 from thresher.policy import PolicyConfig, Stage
+from thresher.targets import kind_of_labels, refuse_one_answer
 from thresher.tasks.given import as_rows
 from thresher.training.identity import digest, weights
 
@@ -153,13 +154,15 @@ def compare(
     target = Target.of(speedup, max_loss, LOSS)
     directory, rows = Path(directory), as_rows(rows)
     _check(rows, passes, evaluations, speedups, trained_at)
+    if labelled(rows):
+        refuse_one_answer(rows, kind_of_labels(find_encoder(model)))
     targets = [*(one for one in (Target("speedup", float(v)) for v in sorted({*speedups})) if one != target), target]
     of_stages = stage_settings(overrides, labels=labelled(rows))
     asked = [_fitted(one, fitting) for one in contestants(methods, unions)]
     chosen, judged = parts(validation, test, quality, seed)
     first = (passes if start_passes is None else start_passes) if fine_tune else 0
     settings: dict[str, Any] = {
-        "model": weights(model),
+        "model": weights(model, head=not fine_tune),
         "fine_tune": fine_tune,
         "start_passes": first,
         "rows": digest(rows),

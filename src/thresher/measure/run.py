@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from thresher.engine import keep_everything
-from thresher.errors import OptionError
+from thresher.errors import DataError, OptionError
 from thresher.measure.flops import speedup
 from thresher.model import attachment_of, evaluating, find_encoder, is_attached
 from thresher.policy import Trace, tracing
@@ -89,6 +89,7 @@ def run(
     rows: encoded rows with input_ids and attention_mask; or what `prepared` made of them. batch_size: see `batches`. predict:
     from (model, batch) to [B, ...]; by default `answers`.
     on_batch: called with the number of rows just done (progress bars).
+    Raises DataError for no rows.
     """
     predict = predict or answers
     parts: list[np.ndarray] = []
@@ -102,6 +103,8 @@ def run(
             order.extend(index)
             if on_batch:
                 on_batch(len(index))
+    if not parts:
+        raise DataError("There are no rows to run the model on; give at least one.")
     predictions = np.concatenate(_same_width(parts))
     restored = np.empty_like(predictions)
     restored[order] = predictions

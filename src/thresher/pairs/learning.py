@@ -14,7 +14,6 @@ import datasets
 import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from thresher.errors import DataError, OptionError, ThresherError
 from thresher.pairs.losses import NO_TOKEN, PairLearner, PairLoss
@@ -22,7 +21,7 @@ from thresher.pairs.reading import padded
 from thresher.pairs.scorer import Scorer
 from thresher.settings import is_number, is_whole
 from thresher.tasks.pairs import Pairs, pairs
-from thresher.training.resuming import begin, refuse_another_run
+from thresher.training.resuming import begin, last_checkpoint, refuse_another_run
 from thresher.training.stages import Precision, training_arguments
 
 _BATCH = 1000  # rows tokenized at a time
@@ -197,7 +196,7 @@ def train(
     trainer = _TwoRates(learner, settings, train_dataset=found.made, data_collator=collate, callbacks=list(callbacks))  # type: ignore[arg-type]
     trainer.own_rate = own_rate
     trainer.remove_callback(PrinterCallback)  # it would print to standard output, which belongs to the caller
-    last = get_last_checkpoint(str(work)) if resume and work.is_dir() else None
+    last = last_checkpoint(work) if resume else None
     begin(work, run)
     try:
         result = trainer.train(resume_from_checkpoint=last)

@@ -88,8 +88,6 @@ class Prefilter:
         self.tokenizer: Any = getattr(inner, "tokenizer", None) if tokenizer is None else tokenizer
         if self.tokenizer is None:
             raise OptionError(f"A {type(model).__name__} holds no tokenizer; give Prefilter the model's own.")
-        if not is_number(threshold) or not -1.0 <= threshold <= MOST:
-            raise OptionError(f"threshold is a cosine between -1 and 1, not {threshold!r}.")
         if not is_whole(keep) or keep < 1:
             raise OptionError(f"keep must be a whole number, at least 1 document of a query, not {keep!r}.")
         if isinstance(inner, Scorer) and not inner.joint:
@@ -104,6 +102,17 @@ class Prefilter:
         self.threshold, self.keep = threshold, keep
         self._special = set(self.tokenizer.all_special_ids)
         self._limit = length_limit(self.tokenizer, None, pair=True)
+
+    @property
+    def threshold(self) -> float:
+        """The least similarity that passes. Set to what is no cosine it raises OptionError."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        if not is_number(value) or not -1.0 <= value <= MOST:
+            raise OptionError(f"threshold is a cosine between -1 and 1, not {value!r}.")
+        self._threshold = value
 
     def similarities(self, query: Text, documents: Sequence[Text]) -> NDArray[np.float32]:
         """[n] float32. Raises DataError for what is no text."""
@@ -281,9 +290,9 @@ class Prefilter:
 def _check_target(share: float | None, max_loss: float | None) -> None:
     if (share is None) == (max_loss is None):
         raise OptionError("Give calibrate one target: share=0.5, or max_loss=0.005.")
-    if share is not None and not 0.0 <= share <= 1.0:
+    if share is not None and not (is_number(share) and 0.0 <= share <= 1.0):
         raise OptionError(f"share must lie between 0 and 1, not {share!r}.")
-    if max_loss is not None and not 0.0 <= max_loss <= 1.0:
+    if max_loss is not None and not (is_number(max_loss) and 0.0 <= max_loss <= 1.0):
         raise OptionError(f"max_loss must lie between 0 and 1, not {max_loss!r}.")
 
 

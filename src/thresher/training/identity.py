@@ -11,20 +11,21 @@ import torch
 from thresher.model import find_encoder
 
 
-def digest(rows: datasets.Dataset) -> str:
-    """Of all columns of encoded rows."""
-    found = hashlib.sha256()
+def digest(rows: datasets.Dataset, truth: Any = None) -> str:
+    """Of all columns of encoded rows. truth: what answers to them are judged by, where they do not hold it."""
+    found = hashlib.sha256(b"" if truth is None else repr(truth).encode())
     for name in sorted(rows.column_names):
         found.update(name.encode())
         found.update(repr(rows[name][:]).encode())
     return found.hexdigest()
 
 
-def weights(model: Any) -> str:
-    """A digest of an encoder's weights, those of heads and poolers, which may be new, not included."""
+def weights(model: Any, *, head: bool) -> str:
+    """A digest of an encoder's weights. head: whether its head and pooler count; not where they are new and drawn at random."""
     found = hashlib.sha256()
-    for name, value in find_encoder(model).base_model.state_dict().items():
-        if "pooler" not in name:
+    encoder = find_encoder(model)
+    for name, value in (encoder if head else encoder.base_model).state_dict().items():
+        if head or "pooler" not in name:
             found.update(name.encode())
             found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()

@@ -30,7 +30,6 @@ from transformers import (
     set_seed,
 )
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from thresher.backbones.general import takes_types
@@ -40,7 +39,7 @@ from thresher.model import attach, detach
 from thresher.targets import IGNORED
 from thresher.tasks.responses import prepare
 from thresher.tasks.windows import Windows, read_dialogues
-from thresher.training.resuming import begin, by_one, refuse_another_run
+from thresher.training.resuming import begin, by_one, last_checkpoint, refuse_another_run
 from thresher.training.stages import Precision, training_arguments, trains_on_cpu
 
 REPORT = "post_training.json"
@@ -122,7 +121,7 @@ def post_train(
         callbacks=[_Epochs(examples), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
-    found = dict(trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work))).metrics)
+    found = dict(trainer.train(resume_from_checkpoint=last_checkpoint(work)).metrics)
     examples.epoch.fill_(math.ceil(trainer.state.epoch or 0))
     found |= {**_measure(model, examples, masking, batch_size), "windows": len(windows), "left_out": windows.left_out}
     by_one(processes, lambda: _finish(model, tokenizer, directory, work, {**settings, **found}))

@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from accelerate import PartialState
 
 from thresher import checkpoint
@@ -25,6 +26,7 @@ from thresher.measure.run import run, run_packed
 from thresher.model import Attachment, attach, attachment_of, find_encoder, load, policy_of, save, set_config
 from thresher.policy import Mode, PolicyConfig, Stage
 from thresher.protection import with_segments
+from thresher.targets import kind_of_labels, refuse_one_answer
 from thresher.tasks.given import as_rows
 from thresher.training import frontiers
 from thresher.training.epochs import BEST, POINT, Epochs, best, fastest, judged, kept
@@ -33,7 +35,7 @@ from thresher.training.learner import stock_copy
 from thresher.training.plan import FINE_TUNE, planned
 from thresher.training.resuming import begin, by_one, refuse_another_run
 from thresher.training.salient import COLUMN, with_saliency
-from thresher.training.stages import refuse_without_labels, run_stage, trains_on_cpu
+from thresher.training.stages import learns_from_labels, refuse_unfit, run_stage, trains_on_cpu
 
 FIRST_GUESS = 2.0
 EPOCHS = "epochs"  # a stage's folder of the epochs that were kept
@@ -83,7 +85,11 @@ def fit(
     Under torchrun every process calls it with the same arguments, and a directory that all of them see; the main one writes.
     """
     rows, validation = as_rows(rows), None if validation is None else as_rows(validation)
-    attach(model, policy, exit=exit)
+    with (
+        torch.random.fork_rng()
+    ):  # what is new begins alike whatever ran before, and the caller's draws go on as they were
+        torch.manual_seed(seed)
+        attach(model, policy, exit=exit)
     if (attached := attachment_of(model).policy) is not None:
         told = with_segments(attached.config, tokenizer, find_encoder(model))
         if told is not attached.config:
@@ -95,7 +101,9 @@ def fit(
     if not len(rows):
         raise DataError("There are no rows to train on.")
     for stage in plan:  # rather now than after the stages before it
-        refuse_without_labels(model, stage, rows)
+        refuse_unfit(model, stage, rows)
+        if learns_from_labels(model, stage):
+            refuse_one_answer(rows, kind_of_labels(find_encoder(model)))
     run = _Run(
         model,
         plan,
@@ -334,7 +342,7 @@ def _settings(model: Any, plan: tuple[Stage, ...], rows: datasets.Dataset, seed:
     """What a run must have in common with the one it goes on with; a target may change, finished stages serve any."""
     policy, exit = attachment_of(model).policy, attachment_of(model).exit
     settings = {
-        "model": weights(model),
+        "model": weights(model, head=plan[0].name != FINE_TUNE.name),
         "method": policy.config.method if policy else None,
         "config": policy.config.to_dict() if policy else {},
         "exit": {"method": exit.config.method, **exit.config.to_dict()} if exit else None,

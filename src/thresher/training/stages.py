@@ -20,13 +20,13 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from thresher.errors import DataError, OptionError, ThresherError
 from thresher.model import attachment_of, find_encoder
 from thresher.policy import Policy, Stage
 from thresher.targets import check_labels
 from thresher.training.learner import FOR_THE_POLICY, Learner
+from thresher.training.resuming import last_checkpoint
 from thresher.training.salient import COLUMN, check_saliency
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -183,7 +183,7 @@ def run_stage(
             callbacks=[*callbacks, *([] if policy is None else [_ToldToPolicy(policy)])],
         )
         trainer.remove_callback(PrinterCallback)  # it would print to standard output, which belongs to the caller
-        last = get_last_checkpoint(str(directory)) if resume and Path(directory).is_dir() else None
+        last = last_checkpoint(Path(directory)) if resume else None
         result = trainer.train(resume_from_checkpoint=last)
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise ThresherError(
@@ -208,18 +208,19 @@ def _refuse(model: Any, stage: Stage, rows: datasets.Dataset) -> None:
     exit, policy = attachment.exit, attachment.policy
     if stage.exits and exit is None:
         raise OptionError(f"The stage {stage.name!r} trains an exit and the model has none; attach it with exit=.")
-    refuse_without_labels(model, stage, rows)
-    if stage.label_weight or _labelled_method(model, stage) is not None:  # else nobody looks at them
-        check_labels(find_encoder(model), rows)
+    refuse_unfit(model, stage, rows)
     if policy is not None and policy.learns_saliency and COLUMN in rows.column_names:
         check_saliency(rows)
     if policy is not None and not stage.exits:
         policy.check(stage)
 
 
-def refuse_without_labels(model: Any, stage: Stage, rows: datasets.Dataset) -> None:
-    """Raises OptionError for a stage that learns from labels where the rows have none."""
+def refuse_unfit(model: Any, stage: Stage, rows: datasets.Dataset) -> None:
+    """For a stage that learns from labels raises OptionError where the rows have none, DataError for one that is none of the
+    model's."""
     if "labels" in rows.column_names or "start_positions" in rows.column_names:
+        if learns_from_labels(model, stage):  # else nobody looks at them
+            check_labels(find_encoder(model), rows)
         return
     method = _labelled_method(model, stage)
     if method is not None:
@@ -230,6 +231,10 @@ def refuse_without_labels(model: Any, stage: Stage, rows: datasets.Dataset) -> N
         raise OptionError(
             f"The stage {stage.name!r} learns from labels and these rows have none; give labels, or distil (no labels needed)."
         )
+
+
+def learns_from_labels(model: Any, stage: Stage) -> bool:
+    return bool(stage.label_weight) or _labelled_method(model, stage) is not None
 
 
 def _labelled_method(model: Any, stage: Stage) -> Any:

@@ -166,7 +166,7 @@ def distil(
     rows = as_rows(rows)
     work = Path(directory) / "training"
     processes = PartialState(cpu=trains_on_cpu(arguments))
-    settings = {"stage": asdict(stage), "rows": digest(rows), "seed": seed, "model": weights(student)}
+    settings = {"stage": asdict(stage), "rows": digest(rows), "seed": seed, "model": weights(student, head=True)}
     settings = json.loads(json.dumps(settings))
     refuse_another_run(work, settings)
     by_one(processes, lambda: begin(work, settings))
