@@ -440,7 +440,7 @@ def test_the_share_of_the_demo_that_is_done() -> None:
 
 
 def test_the_process(place: Path) -> None:
-    words = [sys.executable, "-m", "thresher.cli", "evaluate", place / "clf", place / "rows.jsonl", "--json"]
+    words = [sys.executable, "-m", "thresher", "evaluate", place / "clf", place / "rows.jsonl", "--json"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["rows"] == 40
 

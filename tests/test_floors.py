@@ -54,6 +54,7 @@ FLOORS = [
     ["scale"],
     [""],
     ["cli"],
+    ["__main__"],
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 

@@ -228,7 +228,7 @@ def _indexing(saved: Path, folder: Path) -> list[str]:
     """The command line that fills `folder`/store with ROWS by two workers."""
     file = folder / "passages.jsonl"
     file.write_text("".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in ROWS))
-    words = ["-m", "thresher.cli", "index", file, "--model", saved, "--store", folder / "store", "--workers", 2]
+    words = ["-m", "thresher", "index", file, "--model", saved, "--store", folder / "store", "--workers", 2]
     return [sys.executable, *map(str, words)]
 
 
