@@ -67,7 +67,7 @@ class Way:
 
 
 # A MixEncoder that starts as a dual-encoder goes on learning as one, and its interactions learn faster than what was there.
-BESIDE: dict[str, Any] = {"loss": PairLoss(temperature=0.05, apart_weight=1.0), "own_rate": 5e-4}
+BESIDE: dict[str, Any] = {"loss": PairLoss(temperature=0.05, apart=True), "own_rate": 5e-4}
 THREE = {"layers": (-3, -2, -1)}
 JOINT = PairLoss(negatives=2)  # a scorer that reads pairs together reads that many more of them for every query
 WAYS = {
@@ -156,7 +156,7 @@ def learned(args: argparse.Namespace, name: str, way: Way, file: str = "pair_qua
 
 
 def _lesson(way: Way) -> str:
-    found = f"; apart_weight {way.loss.apart_weight:g}" if way.loss.apart_weight else ""
+    found = "; encoder and interaction learn apart" if way.loss.apart else ""
     return found + (f"; own learning rate {way.own_rate:g}" if way.own_rate else "")
 
 

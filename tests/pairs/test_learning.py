@@ -124,31 +124,33 @@ def test_in_batch_negatives_written_out() -> None:
     torch.testing.assert_close(step(made, rows, PairLoss(temperature=2.0, negatives=1)).detach(), expected)
 
 
-def test_what_both_sides_say_apart_written_out() -> None:
-    """The dual-encoder that a MixEncoder starts as learns beside it, from the same candidates."""
-    settings = {"start": "dual", "strategy": "M", "similarity": "cosine", "k": 2}
-    made = scorer("mixencoder", **settings)
-    rows = datasets.Dataset.from_list([{"query": f"w{20 + i} w7", "positive": f"w{30 + i} w9 w8"} for i in range(3)])
+def test_both_sides_learn_apart_and_interaction_learns_the_rest() -> None:
+    """The encoder's gradient is that of a dual-encoder on the same candidates, that of all else that of the whole score."""
+    settings = {"start": "dual", "strategy": "M", "similarity": "cosine", "k": 1}
+    made, dual = scorer("mixencoder", **settings), scorer("dual", pooling="mean", similarity="cosine")
+    dual.encoder.load_state_dict(made.encoder.state_dict())
+    rows, loss = toy(3, candidates=2), PairLoss(temperature=0.1)
 
-    def mean_states(text: str) -> torch.Tensor:
-        ids = made.tokenizer(text, return_tensors="pt")["input_ids"]
-        with torch.no_grad(), thresher.stock():
-            return made.encoder(ids).last_hidden_state[0]
+    def learned(one: Any, loss: PairLoss) -> tuple[float, dict[str, torch.Tensor]]:
+        one.zero_grad()
+        value = step(one, rows, loss)
+        value.backward()
+        return float(value.detach()), {n: p.grad.clone() for n, p in one.named_parameters() if p.grad is not None}
 
-    queries = torch.stack([mean_states(text).mean(0) for text in rows["query"]])
-    halves = [
-        [half.mean(0) for half in mean_states(text).tensor_split([len(mean_states(text)) // 2])]
-        for text in rows["positive"]
-    ]
-    candidates = torch.stack([(first + second) / 2 for first, second in halves])
-    scores = F.cosine_similarity(queries[:, None], candidates[None], dim=-1) / 0.1
-    together, both = (step(made, rows, PairLoss(temperature=0.1, apart_weight=w)).detach() for w in (0.0, 0.5))
-    torch.testing.assert_close(both - together, 0.5 * F.cross_entropy(scores, torch.arange(3)), rtol=1e-4, atol=1e-5)
+    (whole, slopes), (alone, expected) = learned(made, loss), learned(dual, loss)
+    both, found = learned(made, PairLoss(temperature=0.1, apart=True))
+    assert both == pytest.approx(whole + alone, rel=1e-5)
+    own = [name for name in slopes if not name.startswith("encoder.")]
+    assert len(own) > 3
+    for name in own:
+        torch.testing.assert_close(found[name], slopes[name])
+    assert set(found) == {*own, *expected}
+    for name, slope in expected.items():
+        torch.testing.assert_close(found[name], slope, rtol=1e-4, atol=1e-6)
+    assert any(float((slopes[name] - slope).abs().max()) > 1e-3 for name, slope in expected.items())
     for other in (scorer("dual"), scorer("mixencoder"), scorer("mixencoder", classes=2, **settings)):
-        with pytest.raises(
-            OptionError, match="apart_weight is for a MixEncoder that ranks and starts as a dual-encoder"
-        ):
-            PairLearner(other, PairLoss(apart_weight=1.0))
+        with pytest.raises(OptionError, match="apart is for a MixEncoder that ranks and starts as a dual-encoder"):
+            PairLearner(other, PairLoss(apart=True))
 
 
 def test_what_the_encoder_did_not_bring_learns_at_a_rate_of_its_own(tmp_path: Path) -> None:
@@ -342,8 +344,7 @@ def test_rows_and_settings_that_do_not_fit(tmp_path: Path) -> None:
         {"negatives": -1},
         {"negatives": 1.5},
         {"label_weight": -1.0},
-        {"apart_weight": -1.0},
-        {"apart_weight": 1.0, "label_weight": 0.0, "distil_weight": 1.0},
+        {"label_weight": 0.0, "apart": True, "distil_weight": 1.0},
         {"distil_weight": math.inf},
         {"distil_temperature": 0.0},
         {"label_weight": 0.0},

@@ -28,29 +28,32 @@ class PairLoss:
         reads pairs together reads that many more.
     label_weight, distil_weight: of the labels' loss, and of what a teacher says (its scores, and for DeFormer and VIRT what
         happens inside it). distil_temperature: T, of both softmaxes; the loss is multiplied by its square (Hinton et al. 2015).
-    apart_weight: of the labels' loss over what both sides say before they interact, where a MixEncoder starts as a
-        dual-encoder: its encoder goes on learning as that one's would, and interaction learns what is left.
+    apart: where a MixEncoder starts as a dual-encoder, its encoder learns as that one's does, from what both sides say before
+        they interact, and what the encoder did not bring learns from the whole score. Without, what interaction asks of the
+        encoder costs what it said by itself.
     """
 
     temperature: float = 1.0
     negatives: int | None = None
     label_weight: float = 1.0
-    apart_weight: float = 0.0
+    apart: bool = False
     distil_weight: float = 0.0
     distil_temperature: float = 2.0
     numbers: bool | None = None
 
     def __post_init__(self) -> None:
         above = {"temperature": 0.0, "distil_temperature": 0.0}
-        for name in ("temperature", "label_weight", "apart_weight", "distil_weight", "distil_temperature"):
+        for name in ("temperature", "label_weight", "distil_weight", "distil_temperature"):
             value = getattr(self, name)
             low = above.get(name, -1e-300)
             if not is_number(value) or not low < value < math.inf:
                 raise OptionError(f"Training cannot have {name}={value!r}.")
         if self.negatives is not None and (not is_whole(self.negatives) or self.negatives < 0):
             raise OptionError(f"Training cannot have negatives={self.negatives!r}.")
-        if self.apart_weight and not self.label_weight:
-            raise OptionError("apart_weight adds to the labels' loss; give label_weight a value above 0 with it.")
+        if self.apart and not self.label_weight:
+            raise OptionError(
+                "With label_weight=0 there is nothing that both sides could learn apart; leave apart out."
+            )
         if not (self.label_weight or self.distil_weight):
             raise OptionError("With label_weight=0 and distil_weight=0 nothing is learned; give one of them a weight.")
 
@@ -74,10 +77,8 @@ class PairLearner(nn.Module):
             raise OptionError(
                 "Distillation needs a teacher; give a trained cross-encoder, or leave distil_weight at 0."
             )
-        if loss.apart_weight and not scorer.speaks_apart:
-            raise OptionError(
-                "apart_weight is for a MixEncoder that ranks and starts as a dual-encoder; leave it at 0."
-            )
+        if loss.apart and not scorer.speaks_apart:
+            raise OptionError("apart is for a MixEncoder that ranks and starts as a dual-encoder; leave it out.")
         if teacher is not None:
             _check_teacher(scorer, teacher)
             for parameter in teacher.parameters():
@@ -120,10 +121,19 @@ class PairLearner(nn.Module):
             parts.append(block if len(picked) == len(block) else block.select(picked))
             places.append(picked.index(targets[b]))
         loss = self._ranking(self.scorer.compare_each(asked, parts), places)
-        if self.loss.apart_weight:
-            apart = self.scorer.apart_each([one.states for one in asked], parts)
-            loss = loss + self.loss.apart_weight * self._ranking(apart, places)
-        return loss
+        if not self.loss.apart:
+            return loss
+        apart = self._ranking(self.scorer.apart_each([one.states for one in asked], parts), places)
+        return apart + self._not_through_the_encoder(loss)
+
+    def _not_through_the_encoder(self, loss: Tensor) -> Tensor:
+        """The same loss, whose gradient reaches only what is not the encoder's."""
+        if not loss.requires_grad:
+            return loss
+        own = [p for name, p in self.scorer.named_parameters() if p.requires_grad and not name.startswith("encoder.")]
+        pulls = torch.autograd.grad(loss, own, retain_graph=True, allow_unused=True, materialize_grads=True)
+        handed = torch.stack([((p - p.detach()) * pull).sum() for p, pull in zip(own, pulls, strict=True)])
+        return loss.detach() + handed.sum()
 
     def _ranking(self, said: list[Tensor], places: list[int]) -> Tensor:
         logs = [(scores.float() / self.loss.temperature).log_softmax(0) for scores in said]
