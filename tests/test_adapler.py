@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -28,7 +29,8 @@ from thresher.model import attachment_of, policy_of
 from thresher.packed import PackedTokens
 from thresher.parts.predictors import row_log_softmax, soft_removal
 from thresher.policy import Stage, Trace
-from thresher.training.epochs import Epoch, fastest
+from thresher.training import fit
+from thresher.training.epochs import Epoch, Epochs, fastest, judged, kept
 from thresher.training.learner import Learner
 from thresher.training.stages import _StageTrainer, run_stage, training_arguments
 
@@ -636,3 +638,55 @@ def test_a_column_of_the_wrong_length_is_refused(tmp_path: Path) -> None:
     model, stage = attached(), Stage(name="soft", mode="soft", epochs=3.0)
     with pytest.raises(DataError, match="tokens but 2 of 'saliency'"):
         run_stage(model, stage, rows, tokenizer(), tmp_path, **QUICK)
+
+
+def test_even_shares_stay_alone_and_in_a_batch() -> None:
+    """A share of 1 / n is not below 1 / n, however the row's sum was rounded, which depends on the rows beside it."""
+    model = thresher.attach(make("bert"), thresher.AdapLeR(threshold=1.0))
+    for predictor in policy_of(model).predictors:
+        torch.nn.init.zeros_(predictor[-1].weight)
+    for inputs in (batch("bert"), alone(batch("bert"), 1)):
+        with torch.no_grad(), thresher.tracing(record=True) as traces:
+            model(**inputs)
+        assert not bool((traces[0].dropped_at() > 0).any())
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"growth": 1e30}, "ends at"),
+        ({"steepness": 1e-6, "growth": 1e5}, "would remove everything"),
+        ({"steepness": 1e300}, "steepness must be a number"),
+    ],
+)
+def test_schedules_out_of_bounds(settings: dict[str, float], says: str) -> None:
+    with pytest.raises(OptionError, match=says):
+        policy_of(thresher.attach(make("bert"), thresher.AdapLeR(**settings))).check(
+            Stage(name="soft", mode="soft", epochs=5)
+        )
+
+
+def test_a_schedule_is_checked_before_anything_is_trained(tmp_path: Path) -> None:
+    seen: list[str] = []
+    with pytest.raises(OptionError, match="needs at least 2, not 0.66"):
+        fit(make("bert"), "adapler", dataset(24), tokenizer(), tmp_path / "new", fine_tune=True, max_steps=2, progress=False,
+            overrides={"batch_size": 8}, on_stage=lambda stage: seen.append(stage.name))  # fmt: skip
+    assert seen == []
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_epoch_whose_model_is_gone_is_not_taken_for_one_that_is_kept(tmp_path: Path) -> None:
+    """Another target orders epochs otherwise: one that was let go before cannot come back."""
+    judgements = iter([(1.1, 0.90), (2.0, 0.80), (1.5, 0.85)])
+
+    def go(floor: float, number: int) -> None:
+        model = thresher.attach(make("bert"))
+        epochs = Epochs(model, tmp_path, lambda: next(judgements), fastest(floor), 1, PartialState(cpu=True))
+        epochs._judged(number)
+
+    go(0.89, 1)
+    go(0.89, 2)
+    assert [place.name for place in kept(tmp_path)] == ["1"]
+    go(0.70, 3)
+    assert [place.name for place in kept(tmp_path)] == ["3"]
+    assert [one.number for one in judged(tmp_path)] == [3, 1, 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ from transformers import BertForQuestionAnswering, DistilBertConfig
 
 import thresher
 from helpers import build, config_of, make, tokenizer
-from thresher.errors import OptionError
+from thresher.errors import DataError, OptionError
 from thresher.exits import Confidence, TokEE
 from thresher.explanation import Span, answer, explain
 from thresher.model import exit_of
 from thresher.tasks.features import DEFAULT_MAX_LENGTH
+from thresher.tasks.reading import Reading
+from thresher.tasks.tagging import TaggingTask
 
 TEXT = "w5 w6 w7 w8 w9 w10 w11 w12"
 READS_LESS = thresher.AttentionMass(retention=(0.7, 0.4, 0.2))
@@ -125,7 +128,53 @@ def test_the_answer_of_a_tagger() -> None:
     config = DistilBertConfig(id2label={0: "O", 1: "PER"}, label2id={"O": 0, "PER": 1})
     logits = torch.tensor([[[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]])
     pieces, ids = ["[CLS] ", "Ada", " met", " Bob"], [None, 0, 0, 0]
-    assert answer({"logits": logits}, config, pieces, ids) == "Ada PER, Bob PER"
+    row = Reading(("Ada met Bob",), {}, ((0, 0), (0, 3), (4, 7), (8, 11)), tuple(ids))
+    assert answer({"logits": logits}, config, pieces, row) == "Ada PER, Bob PER"
+    words = replace(row, words=(None, 0, 1, 1))  # the second word's tag is that of its first token
+    assert answer({"logits": logits}, config, pieces, words) == "Ada PER"
+
+
+@pytest.mark.parametrize("words", [["w5", "[SEP]", "w6"], ["w5w6", "w7"], ["w5", "  ", "w6"]])
+def test_a_tagger_is_shown_the_tokens_that_it_is_asked_about(words: list[str]) -> None:
+    """As the task encodes words: each by itself, a special token among them being a word like any other."""
+    model = thresher.attach(make("bert", "token"))
+    task = TaggingTask(("O", "B-x", "I-x"))
+    encoded = task.encode([{"tokens": words}], tokenizer(), require_tags=False)
+    row = Reading.of_words(words, tokenizer())
+    assert row.inputs["input_ids"] == encoded.rows["input_ids"][0]
+    (found,) = explain(model, tokenizer(), [row])
+    assert len(found.tokens) == len(row.inputs["input_ids"])
+    assert " ".join("".join(found.tokens).split()) == "[CLS] " + " ".join(" ".join(words).split()) + " [SEP]"
+
+
+def test_classes_that_go_together_are_each_shown() -> None:
+    model = build(config_of("bert", num_labels=3, problem_type="multi_label_classification"))
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor([2.0, -2.0, 0.5]))
+    (found,) = explain(thresher.attach(model), tokenizer(), [TEXT])
+    assert found.note == "LABEL_0 0.88, LABEL_2 0.62"
+    with torch.no_grad():
+        model.classifier.bias.fill_(-1.0)
+    (found,) = explain(model, tokenizer(), [TEXT])
+    assert found.note == "no class"
+
+
+def test_what_is_no_list_of_texts_is_refused() -> None:
+    model = thresher.attach(make("bert"))
+    for texts, says in (
+        (TEXT, "one text"),
+        (5, "not 5"),
+        ([("a", "b", "c")], "a text or a pair"),
+        ([5], "a text or a pair"),
+    ):
+        with pytest.raises(DataError, match=says):
+            explain(model, tokenizer(), texts)
+    for length in (0, 2, "16"):
+        with pytest.raises(OptionError, match="maximum length"):
+            explain(model, tokenizer(), [TEXT], length)
+    with pytest.raises(DataError, match="2 texts are windows of as many questions, and 1 are named"):
+        explain(thresher.attach(make("bert", "question-answering")), tokenizer(), [TEXT, TEXT], questions=[0])
 
 
 @pytest.mark.parametrize("head", ["token", "question-answering", "base"])

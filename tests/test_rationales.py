@@ -298,3 +298,45 @@ def test_a_map_of_another_document_is_refused() -> None:
     ):
         with pytest.raises(DataError, match=says):
             rationale_maps(found, number, layers, 3)
+
+
+def test_a_document_whose_words_have_no_token_is_judged() -> None:
+    """All of its words are equally unread."""
+    given = datasets.Dataset.from_dict(
+        {"tokens": [["w5", "w6"], ["\u200b", "\u200b"]], "label": [0, 1], "rationales": [[[0, 1]], [[1, 2]]]}
+    )
+    made = encode_rationales(given, tokenizer())
+    found = agreement(made, [[0.0, 2.0, 1.0, 0.0], [0.0] * len(made.word_of[1])])
+    assert found.documents == 2
+    assert found.average_precision == pytest.approx((1.0 + 0.5) / 2)
+    assert made.truncated == 0
+
+
+@pytest.mark.parametrize("scores", [None, 5, "ab", [[1.0, "x"]], [[[1.0], [1.0, 2.0]]], [["a", "b", "c", "d"]]])
+def test_what_is_no_scores_is_refused(scores: Any) -> None:
+    made = encoded((2, [[0, 1]]))
+    with pytest.raises(DataError, match="scores|score for each"):
+        agreement(made, scores)
+
+
+def test_numbers_that_make_no_sense_are_refused() -> None:
+    made = encoded((2, [[0, 1]]), (2, [[0, 1]]))
+    scores = [[0.0, 2.0, 1.0, 0.0]] * 2
+    for share in ("x", 0.0, 1.5, float("nan")):
+        with pytest.raises(OptionError, match="share must be above 0"):
+            agreement(made, scores, share=share)  # type: ignore[arg-type]
+    for count in (0, -2, 2.5, "3"):
+        with pytest.raises(OptionError, match="a whole number of layers"):
+            agreement_by_layer(made, scores, count)  # type: ignore[arg-type]
+    for values in (np.array([]), np.array([1.0, np.nan])):
+        with pytest.raises(DataError, match="finite scores"):
+            top_share(values, 0.5)
+    with pytest.raises(DataError, match="99 is none of them"):
+        rationales_page(made, scores, 3, [99], "title")
+    with pytest.raises(DataError, match="layers of 1 documents"):
+        rationales_page(made, scores[:1], 3, [1], "title")
+    for layers, says in (([1.0, np.nan, 1.0, 1.0], "no number"), ("abcd", "no numbers")):
+        with pytest.raises(DataError, match=says):
+            rationale_maps(made, 0, layers, 3)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="whole number of tokens"):
+        encode_rationales(rows((2, [[0, 1]])), tokenizer(), "16")  # type: ignore[arg-type]

@@ -260,7 +260,7 @@ def test_a_row_without_finite_gradients_is_named() -> None:
     with torch.no_grad():  # a position that only the longest row has
         model.bert.embeddings.position_embeddings.weight[max(sizes) - 1] = torch.nan
     for method in METHODS:
-        with pytest.raises(DataError, match=f"row {place + 1} is not finite"):
+        with pytest.raises(DataError, match=f"Row {place + 1} has a saliency that is not finite"):
             thresher.saliency(model, rows, method)
 
 
@@ -334,3 +334,32 @@ def test_the_command_shows_the_most_salient_tokens_beside_their_layer(tmp_path: 
     assert "There is no saliency 'x'" in refused.stderr
     (bare,) = ok("explain", tmp_path / "m", "--text", TEXT)["maps"]
     assert bare["saliency"] is None
+
+
+@pytest.mark.parametrize("number", [int, float])
+def test_labels_that_go_together_may_be_whole_numbers(number: type) -> None:
+    """Of rows and of a batch alike: the logits of the classes that a row has."""
+    model = build(config_of("bert", num_labels=3, problem_type="multi_label_classification"))
+    rows = dataset(5, labels=None)
+    labels = [[number(one) for one in (1, 0, row % 2)] for row in range(5)]
+    found = thresher.saliency(model, rows.add_column("labels", labels), batch_size=2)
+    for row, score in enumerate(found):
+        inputs = {name: torch.tensor([rows[row][name]]) for name in ("input_ids", "attention_mask", "token_type_ids")}
+        (expected,) = thresher.saliency(model, {**inputs, "labels": torch.tensor([labels[row]], dtype=torch.float32)})
+        np.testing.assert_allclose(score, expected, atol=1e-6)
+
+
+def test_gradients_are_had_where_the_caller_wants_none() -> None:
+    model, rows = make("bert"), dataset(3)
+    expected = thresher.saliency(model, rows)
+    for off in (torch.no_grad(), torch.inference_mode()):
+        with off:
+            found = thresher.saliency(model, rows)
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "2"])
+def test_a_batch_of_no_rows_is_no_batch(size: Any) -> None:
+    with pytest.raises(OptionError, match="A batch has a whole number of rows, at least 1"):
+        thresher.saliency(make("bert"), dataset(3), batch_size=size)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers.modeling_outputs import (
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
@@ -23,7 +24,7 @@ import thresher
 from helpers import batch, build, config_of, dataset, make, outputs_of, settings, tokenizer, worst
 from thresher import checkpoint
 from thresher.calibration import agreement
-from thresher.errors import DataError, OptionError, TargetError
+from thresher.errors import DataError, OptionError, TargetError, ThresherError
 from thresher.frontier import Point, frontier_of
 from thresher.measure.run import run, run_packed
 from thresher.methods import CONFIGS
@@ -259,6 +260,32 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path: P
     assert run_stage(again, SOFT, dataset(32), tokenizer(), tmp_path, **options)["epoch"] == 2.0
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
     assert last_checkpoint(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(
+    ("of", "says"), [("policy", "the method's weights.*policy_learning_rate"), ("exit", "the exit's branches")]
+)
+def test_a_method_that_diverged_is_not_saved(
+    of: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ruined(trainer: Any, **options: Any) -> Any:
+        part = attachment_of(model).policy if of == "policy" else attachment_of(model).exit
+        with torch.no_grad():
+            next(part.parameters()).fill_(math.nan)
+        return transformers.trainer_utils.TrainOutput(1, 0.0, {})
+
+    monkeypatch.setattr(transformers.Trainer, "train", ruined)
+    model = thresher.attach(make("bert"), settings(CONFIGS["ltp"]), exit="fastbert")
+    with pytest.raises(ThresherError, match=f"Training diverged in the stage 'soft'.*{says}"):
+        run_stage(model, SOFT, dataset(8), tokenizer(), tmp_path, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("epochs", "2"), ("epochs", math.inf), ("batch_size", 2.5), ("learning_rate", "x")]
+)
+def test_settings_of_a_stage_are_numbers(name: str, value: Any) -> None:
+    with pytest.raises(OptionError, match=f"cannot have {name}="):
+        Stage(**{"name": "a", "mode": "off", name: value})
 
 
 def fitted(directory: Path, model: Any = None, **options: Any) -> Any:

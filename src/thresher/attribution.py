@@ -71,20 +71,21 @@ def saliency(
     measures = [_measure(one, method, steps) for one in models]
     encoder = find_encoder(models[0])
     found: dict[int, np.ndarray] = {}
-    for index, inputs, labels in _batches(encoder, rows, batch_size):
-        scores = torch.stack([_measured(one, measure, inputs, labels) for one, measure in measures]).mean(0)
-        mask = inputs["attention_mask"].bool()
-        finite = torch.isfinite(scores).logical_or(~mask).all(1)
-        if not bool(finite.all()):
-            row = index[int((~finite).nonzero()[0, 0])]
-            raise DataError(
-                f"The saliency of row {row + 1} is not finite: the model's weights are not, or what it computes overflows. "
-                "Check the weights, run the model in float32, or leave the row out."
-            )
-        for row, score, real in zip(index, scores, mask, strict=True):
-            found[row] = _shares(score[real])
-        if on_batch:
-            on_batch(len(index))
+    with torch.inference_mode(False):  # whose tensors no gradient can be taken by
+        for index, inputs, labels in _batches(encoder, rows, batch_size):
+            scores = torch.stack([_measured(one, measure, inputs, labels) for one, measure in measures]).mean(0)
+            mask = inputs["attention_mask"].bool()
+            finite = torch.isfinite(scores).logical_or(~mask).all(1)
+            if not bool(finite.all()):
+                row = index[int((~finite).nonzero()[0, 0])]
+                raise DataError(
+                    f"Row {row + 1} has a saliency that is not finite: the model's weights are not, or what it computes "
+                    "overflows. Check the weights, run the model in float32, or leave the row out."
+                )
+            for row, score, real in zip(index, scores, mask, strict=True):
+                found[row] = _shares(score[real])
+            if on_batch:
+                on_batch(len(index))
     return [found[row] for row in range(len(found))]
 
 
@@ -128,7 +129,8 @@ def _batches(
     """Row numbers, the model's inputs [B, N] and the rows' labels, batch by batch."""
     if isinstance(rows, Mapping) and all(isinstance(value, Tensor) for value in rows.values()):
         _check_batch(encoder, rows)
-        given = {name: value.to(encoder.device) for name, value in rows.items()}
+        usable = {name: value.clone() if value.is_inference() else value for name, value in rows.items()}
+        given = {name: value.to(encoder.device) for name, value in usable.items()}
         labels = {name: given.pop(name) for name in LABELS if name in given}
         given.setdefault("attention_mask", torch.ones_like(given["input_ids"]))
         yield list(range(len(given["input_ids"]))), given, labels
@@ -137,6 +139,7 @@ def _batches(
     check_labels(encoder, rows)
     pad_id = encoder.config.pad_token_id or 0
     known = [name for name in LABELS if name in rows.column_names]
+    tags = type(encoder).__name__.endswith("ForTokenClassification")
     for index in batches(rows, batch_size):
         inputs = collate(rows, index, pad_id, encoder.device)
         picked = rows[index]
@@ -144,7 +147,10 @@ def _batches(
         if "attention_mask" not in inputs:
             sizes = torch.tensor([len(ids) for ids in picked["input_ids"]], device=encoder.device)
             inputs["attention_mask"] = (torch.arange(width, device=encoder.device) < sizes.unsqueeze(1)).long()
-        labels = {name: torch.tensor(_padded(picked[name], width), device=encoder.device) for name in known}
+        labels = {
+            name: torch.tensor(_padded(picked[name], width) if tags else picked[name], device=encoder.device)
+            for name in known
+        }
         yield index, inputs, labels
 
 
@@ -159,9 +165,7 @@ def _check_batch(encoder: Any, batch: Mapping[str, Tensor]) -> None:
 
 
 def _padded(labels: Sequence[Any], width: int) -> list[Any]:
-    """Labels of rows; where they are of tokens, all of one width."""
-    if not isinstance(labels[0], list) or isinstance(labels[0][0], float):
-        return list(labels)
+    """Labels of tokens, all rows of one width."""
     return [[*row, *[IGNORED] * (width - len(row))] for row in labels]
 
 

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from thresher.attribution import Method, saliency
-from thresher.errors import OptionError
+from thresher.errors import DataError
 from thresher.exits import Exit, TokEEExit
 from thresher.model import attachment_of, evaluating, find_encoder
 from thresher.outputs import answers_with_spans
 from thresher.policy import Trace, tracing
 from thresher.report.tokens import TokenMap, surface_tokens
-from thresher.tasks.features import DEFAULT_MAX_LENGTH
+from thresher.targets import SEVERAL
+from thresher.tasks.reading import Reading
 from thresher.tasks.spans import Answer, Windows, best_answers, null_scores
 
 TITLE_LENGTH = 60
@@ -30,7 +31,7 @@ Text = str | tuple[str, ...]
 def explain(
     model: Any,
     tokenizer: Any,
-    texts: Sequence[Text],
+    texts: Sequence[Text | Reading],
     max_length: int | None = None,
     *,
     threshold: float | None = None,
@@ -41,41 +42,44 @@ def explain(
     Of a model with an exit also after which layer each text left, and where tokens freeze, after which layer each did.
 
     model: a classifier, regressor, span or token model, a SentenceTransformer or a CrossEncoder, attached.
-    texts: single texts, or pairs as tuples. tokenizer: the model's own, a fast one, since surface text needs offsets.
+    texts: single texts, or pairs as tuples; or how each is read (`Reading.of_words` for what a tagger reads), as it is.
+    tokenizer: the model's own, a fast one, since surface text needs offsets.
     max_length: tokens read at most; None for what the tokenizer says the model reads, but at most 512.
     threshold: of a span model, by how much "no answer" must score above the best answer to be given; None: never.
     questions: of a span model, the question that each text is a window of, of which the window with the best answer shows
         it; None: each text is a question of its own.
     salient: how to measure what each token matters for the answer, see `thresher.saliency`; None: not at all.
+    Raises OptionError for a slow tokenizer or a length without room for a text, DataError for what is no list of texts.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise OptionError("Token maps need a fast tokenizer (a tokenizer.json beside the model), which knows offsets.")
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise DataError(f"Give a list of texts, not {'one text' if isinstance(texts, str) else repr(texts)[:60]}.")
+    if questions is not None and len(questions) != len(texts):
+        raise DataError(f"{len(texts)} texts are windows of as many questions, and {len(questions)} are named.")
     encoder = find_encoder(model)
     layers, exit = attachment_of(model).engine.entrance.calls, attachment_of(model).exit
-    limit = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH) if max_length is None else max_length
-    # Answers are looked for in a text as it is written, where a special token is text too.
-    options = {"split_special_tokens": True} if answers_with_spans(encoder) else {}
     maps, read, spans = [], [], []
     with evaluating(model), torch.inference_mode():
         for text in texts:
-            sides = [text] if isinstance(text, str) else list(text)
-            encoded = tokenizer(
-                *sides, truncation=True, max_length=limit, return_offsets_mapping=True, return_tensors="pt", **options
+            # Answers are looked for in a text as it is written, where a special token is text too.
+            row = (
+                text
+                if isinstance(text, Reading)
+                else Reading.of(text, tokenizer, max_length, plain=answers_with_spans(encoder))
             )
-            offsets = [(int(start), int(end)) for start, end in encoded.pop("offset_mapping")[0]]
-            sequence_ids = encoded.sequence_ids(0)
-            names = tokenizer.convert_ids_to_tokens(encoded["input_ids"][0].tolist())
-            pieces = surface_tokens(sides, offsets, names, sequence_ids)
-            read.append({name: value[0].tolist() for name, value in encoded.items()})
+            names = tokenizer.convert_ids_to_tokens(row.inputs["input_ids"])
+            pieces = surface_tokens(row.sides, row.offsets, names, row.sequence_ids)
+            read.append(dict(row.inputs))
             with tracing(record=True) as traces:
-                outputs = encoder(**encoded.to(encoder.device))
+                outputs = encoder(
+                    **{name: torch.tensor([value], device=encoder.device) for name, value in row.inputs.items()}
+                )
             dropped = [layer or None for layer in traces[-1].dropped_at()[0].tolist()]
             if answers_with_spans(encoder):
                 logits = torch.stack([outputs["start_logits"][0], outputs["end_logits"][0]], -1)
-                inside = [i for i, side in enumerate(sequence_ids) if side == len(sides) - 1]
-                spans.append(Span.best(logits, inside, offsets, sides[-1]))
-            note = answer(outputs, encoder.config, pieces, sequence_ids)
-            one = TokenMap(_title(sides), tuple(pieces), tuple(dropped), layers, note)
+                inside = [i for i, side in enumerate(row.sequence_ids) if side == len(row.sides) - 1]
+                spans.append(Span.best(logits, inside, row.offsets, row.sides[-1]))
+            note = answer(outputs, encoder.config, pieces, row)
+            one = TokenMap(_title(row.sides), tuple(pieces), tuple(dropped), layers, note)
             maps.append(one if exit is None else replace(one, **_early(traces[-1], exit)))
     if spans:
         maps = _answered(maps, spans, range(len(maps)) if questions is None else questions, threshold)
@@ -96,7 +100,7 @@ def _early(trace: Trace, exit: Exit[Any]) -> dict[str, Any]:
     return found
 
 
-def _title(sides: list[str]) -> str:
+def _title(sides: Sequence[str]) -> str:
     title = " | ".join(" ".join(side.split()) for side in sides)
     return title if len(title) <= TITLE_LENGTH else title[: TITLE_LENGTH - 1].rstrip() + "…"
 
@@ -143,20 +147,27 @@ def _answered(
     return said
 
 
-def answer(outputs: Any, config: Any, pieces: Sequence[str], sequence_ids: Sequence[int | None]) -> str:
-    """What the model says about one row, in words: a class and its probability, a value, tags, or nothing."""
+def answer(outputs: Any, config: Any, pieces: Sequence[str], row: Reading) -> str:
+    """What the model says about one row, in words: a class and its probability, all of at least one half where classes go
+    together, a value, tags, or nothing."""
     if "logits" not in outputs:
         return ""
     logits, names = outputs["logits"][0].float(), config.id2label
     if logits.dim() == 2:
         best = logits.argmax(-1).tolist()
-        tags = [
-            f"{piece.strip()} {names[tag]}"
-            for piece, tag, side in zip(pieces, best, sequence_ids, strict=True)
-            if side is not None and names[tag] != "O"
-        ]
+        said = {i: piece.strip() for i, piece in enumerate(pieces) if row.sequence_ids[i] is not None}
+        if row.words is not None:  # a word has the tag of its first token
+            places: dict[int, list[int]] = {}
+            for i, number in enumerate(row.words):
+                if number is not None:
+                    places.setdefault(number, []).append(i)
+            said = {own[0]: "".join(pieces[i] for i in own).strip() for own in places.values()}
+        tags = [f"{what} {names[best[i]]}" for i, what in said.items() if names[best[i]] != "O"]
         return ", ".join(tags[:SHOWN_TAGS]) + (", …" if len(tags) > SHOWN_TAGS else "")
     if len(logits) == 1:
         return f"{logits.item():.3g}"
+    if config.problem_type == SEVERAL:
+        high = [(names[number], value) for number, value in enumerate(logits.sigmoid().tolist()) if value >= 0.5]
+        return ", ".join(f"{name} {value:.2f}" for name, value in high) or "no class"
     probability, number = logits.softmax(-1).max(-1)
     return f"{names[int(number)]}, {float(probability):.2f}"

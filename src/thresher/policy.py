@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from thresher.backbones.general import Geometry as Geometry
 from thresher.errors import OptionError
 from thresher.evidence import NOTHING, Evidence, Wanted
 from thresher.packed import PackedTokens
-from thresher.settings import Settings
+from thresher.settings import Settings, is_number, is_whole
 
 Mode = Literal["off", "soft", "hard"]
 Batch = Mapping[str, Tensor]  # what a training step is given: inputs, labels, and what only a policy reads
@@ -229,14 +230,17 @@ class Stage:
     keeps: Literal["last", "fastest"] = "last"
 
     def __post_init__(self) -> None:
+        rates = ("policy_learning_rate", "predictor_learning_rate", "exit_learning_rate")
+        numbers = ("epochs", "learning_rate", "warmup", "weight_decay", "label_weight", "distil_weight", *rates)
+        for name in numbers:
+            value = getattr(self, name)
+            if not (value is None and name in rates) and not (is_number(value) and math.isfinite(value)):
+                raise OptionError(f"The stage {self.name!r} cannot have {name}={value!r}.")
         checks = {
             "epochs": self.epochs > 0,
-            "batch_size": self.batch_size >= 1,
+            "batch_size": is_whole(self.batch_size) and self.batch_size >= 1,
             "learning_rate": self.learning_rate >= 0,
-            **{
-                name: getattr(self, name) is None or getattr(self, name) >= 0
-                for name in ("policy_learning_rate", "predictor_learning_rate", "exit_learning_rate")
-            },
+            **{name: getattr(self, name) is None or getattr(self, name) >= 0 for name in rates},
             "warmup": 0 <= self.warmup <= 1,
             "weight_decay": self.weight_decay >= 0,
             "label_weight": self.label_weight >= 0,

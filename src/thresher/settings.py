@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -17,13 +18,13 @@ class Settings:
     """A frozen dataclass that goes to JSON values and comes back."""
 
     def __post_init__(self) -> None:
-        """Raises OptionError for a setting of another kind than its own; those of collections are not looked at."""
-        for name, kinds in _plain(type(self)).items():
-            value = getattr(self, name)
-            if not any(_is(value, kind) for kind in kinds):
-                raise OptionError(f"{name} must be {' or '.join(_KINDS[kind] for kind in kinds)}, not {value!r}.")
-            if int in kinds and not isinstance(value, bool | int | str | None) and float not in kinds:
-                object.__setattr__(self, name, int(value))  # 64.0, and numpy's own
+        """Raises OptionError for a setting of another kind than its own, or too large for a float32."""
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            if not _fits(value, hint):
+                raise OptionError(f"{field.name} must be {_called(hint)}, not {value!r}.")
+            object.__setattr__(self, field.name, _as(value, hint))  # 64.0 and numpy's own as what JSON knows
 
     @classmethod
     def called(cls) -> str:
@@ -54,17 +55,50 @@ _KINDS: dict[type, str] = {
     str: "a text",
     type(None): "none",
 }
+_SEVERAL: dict[type, str] = {bool: "truths", int: "whole numbers", float: "numbers", str: "texts"}
+MOST = 3.4e38  # a float32
 
 
-def _plain(cls: type[Settings]) -> dict[str, tuple[type, ...]]:
-    """The kinds that each setting may have, of those settings that are plain values."""
-    hints, found = typing.get_type_hints(cls), {}
-    for field in dataclasses.fields(cls):
-        hint = hints[field.name]
-        kinds = get_args(hint) if get_origin(hint) in (types.UnionType, Union) else (hint,)
-        if all(kind in _KINDS for kind in kinds):
-            found[field.name] = kinds
-    return found
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (types.UnionType, Union) else (hint,)
+
+
+def _of(kind: Any) -> Any:
+    """What a `tuple[T, ...]` is of; None for any other kind."""
+    return get_args(kind)[0] if get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis else None
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a kind that its hint names; kinds that are not known here are their owner's to check."""
+    for kind in _kinds(hint):
+        if (of := _of(kind)) is not None:
+            if isinstance(value, tuple | list) and all(_fits(one, of) for one in value):
+                return True
+        elif kind not in _KINDS or _is(value, kind):
+            return True
+    return False
+
+
+def _as(value: Any, hint: Any) -> Any:
+    kinds = _kinds(hint)
+    if isinstance(value, tuple | list):
+        of = next((of for kind in kinds if (of := _of(kind)) is not None), None)
+        return value if of is None else tuple(_as(one, of) for one in value)
+    if isinstance(value, bool | str | None):
+        return value
+    if int in kinds and (float not in kinds or is_whole(value)) and is_number(value):
+        return int(value)
+    return float(value) if float in kinds and not isinstance(value, int) else value
+
+
+def _called(hint: Any) -> str:
+    def one(kind: Any, several: bool = False) -> str:
+        of = _of(kind)
+        if of is not None:
+            return "a list of " + " or ".join(one(each, True) for each in _kinds(of))
+        return (_SEVERAL if several else _KINDS).get(kind, str(kind))
+
+    return " or ".join(one(kind) for kind in _kinds(hint))
 
 
 def is_whole(value: Any) -> bool:
@@ -79,9 +113,9 @@ def is_number(value: Any) -> bool:
 
 def _is(value: Any, kind: type) -> bool:
     if kind is int:
-        return is_whole(value) or (isinstance(value, float) and value.is_integer())
+        return (is_whole(value) or (is_number(value) and float(value).is_integer())) and abs(value) < 2**63
     if kind is float:
-        return is_number(value)
+        return is_number(value) and (not -math.inf < value < math.inf or abs(value) <= MOST)
     return isinstance(value, kind)
 
 

@@ -179,7 +179,7 @@ def test_interaction_weights_begin_as_the_layers_own() -> None:
 
 def test_without_its_share_it_is_a_dual_encoder() -> None:
     made = scorer("mixencoder", k=1, strategy="M", start="dual", similarity="cosine")
-    assert made.context is None and made.share.tolist() == pytest.approx([0.1, 0.1])
+    assert made.context is None and made.share.tolist() == pytest.approx([0.2, 0.2])
     with torch.no_grad():
         made.share.zero_()
     dual = scorer("dual", pooling="mean", similarity="cosine")

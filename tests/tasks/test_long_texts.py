@@ -21,7 +21,7 @@ from commands import call, fails, ok, write_rows
 from helpers import build, config_of, outputs_of, worst
 from thresher.errors import DataError, OptionError
 from thresher.tasks.features import encode_texts
-from thresher.tasks.long_texts import encode_windows, window_texts
+from thresher.tasks.long_texts import encode_windows, window_readings
 from thresher.tasks.text import TextTask
 
 QUICK = ("--stage", "epochs=1", "--stage", "batch_size=16", "--precision", "float32")
@@ -69,7 +69,9 @@ def test_windows_are_those_of_a_plain_loop(sizes: list[int], limit: int, data: s
     assert found.rows["labels"][:] == labels
     assert found.firsts.tolist() == firsts and found.weights.tolist() == weights
     assert found.empty == sizes.count(0) and found.truncated == 0
-    assert window_texts(texts, words(), limit, stride=stride) == [words().decode(row[1:-1]) for row in ids]
+    shown = window_readings(texts, words(), limit, stride=stride)
+    assert [one.sides[0] for one in shown] == [words().decode(row[1:-1]) for row in ids]
+    assert [one.inputs["input_ids"] for one in shown] == ids
 
 
 def test_texts_that_fit_are_read_as_without_windows() -> None:
@@ -171,8 +173,8 @@ def test_a_model_that_was_fitted_in_windows_reads_windows(place: Path) -> None:
     encoded = task.encode(rows_of([row["text"] for row in rows]), words(), 48, require_labels=False)
     with torch.no_grad():
         logits = [
-            model(**words()(part, return_tensors="pt")).logits[0].numpy()
-            for part in window_texts([row["text"] for row in rows], words(), 48, stride=8)
+            model(**{name: torch.tensor([value]) for name, value in part.inputs.items()}).logits[0].numpy()
+            for part in window_readings([row["text"] for row in rows], words(), 48, stride=8)
         ]
     wanted = torch.tensor(encoded.averaged(np.stack(logits))).softmax(-1)  # type: ignore[attr-defined]
     assert [one["probability"] for one in found] == pytest.approx(wanted.max(-1).values.tolist(), abs=1e-5)

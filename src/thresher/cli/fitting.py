@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from dataclasses import dataclass, replace
@@ -213,7 +214,9 @@ def fit(
         "search": {name: v for name, v in (("evaluations", evaluations), ("sampler", sampler)) if v is not None},
     }
     with resumable(out, run_settings):
-        found = _train(start, config, encoded, checked, out, lessons, batch_size, options | {"exit": leaving})
+        as_read = contextlib.nullcontext() if len(encoded.rows) != len(rows) else numbered_as_read(rows)
+        with as_read:
+            found = _train(start, config, encoded, checked, out, lessons, batch_size, options | {"exit": leaving})
     found["seconds"] = time.monotonic() - begun
     return Result(found, _shown(found, validation or data, checked.unit))
 

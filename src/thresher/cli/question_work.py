@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -18,6 +18,7 @@ from thresher.tasks.answer_scores import METRICS
 from thresher.tasks.answering import EncodedQuestions, QuestionTask
 from thresher.tasks.features import EncodedRows
 from thresher.tasks.questions import questions
+from thresher.tasks.reading import Reading
 from thresher.tasks.spans import Answer
 
 NO_ANSWER = 0.0  # the threshold of SQuAD 2.0's own evaluation
@@ -72,7 +73,7 @@ class QuestionWork(Work):
     def shown(self, rows: datasets.Dataset) -> list[str]:
         return list(rows["question"])
 
-    def texts(self, rows: datasets.Dataset, tokenizer: Any, limit: int) -> list[tuple[str, ...]]:
+    def texts(self, rows: datasets.Dataset, tokenizer: Any, limit: int) -> Sequence[tuple[str, ...] | Reading]:
         return list(replace(self.question, max_length=limit).texts(rows, tokenizer))
 
     def _encode(self, rows: datasets.Dataset, tokenizer: Any, limit: int, labels: bool, training: bool) -> EncodedRows:

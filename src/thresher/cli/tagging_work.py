@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -12,6 +12,7 @@ import numpy as np
 from thresher.cli.work import Scores, Truth, Work
 from thresher.errors import OptionError, nearest
 from thresher.tasks.features import EncodedRows
+from thresher.tasks.reading import Reading
 from thresher.tasks.tagging import METRICS, EncodedTags, TaggingTask, canonical, entities
 
 
@@ -51,8 +52,8 @@ class TaggingWork(Work):
     def shown(self, rows: datasets.Dataset) -> list[str]:
         return [" ".join(words) for words in rows["tokens"]]
 
-    def texts(self, rows: datasets.Dataset, tokenizer: Any, limit: int) -> list[tuple[str, ...]]:
-        return [(text,) for text in self.shown(rows)]
+    def texts(self, rows: datasets.Dataset, tokenizer: Any, limit: int) -> Sequence[tuple[str, ...] | Reading]:
+        return [Reading.of_words(words, tokenizer, limit) for words in rows["tokens"]]
 
     def _encode(self, rows: datasets.Dataset, tokenizer: Any, limit: int, labels: bool, training: bool) -> EncodedRows:
         return self.tagging.encode(rows, tokenizer, limit, require_tags=labels, training=training)

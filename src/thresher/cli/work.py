@@ -19,8 +19,9 @@ from thresher.tasks.answering import EncodedQuestions
 from thresher.tasks.data import name_columns
 from thresher.tasks.dialogues import dialogues
 from thresher.tasks.features import EncodedRows, encode_texts
-from thresher.tasks.long_texts import EncodedLongTexts, window_texts
+from thresher.tasks.long_texts import EncodedLongTexts, window_readings
 from thresher.tasks.ranking import ranking_metrics
+from thresher.tasks.reading import Reading
 from thresher.tasks.responses import ResponseTask, Utterances
 from thresher.tasks.retrieval import agreement
 from thresher.tasks.tagging import EncodedTags
@@ -149,8 +150,8 @@ class Work:
         """What each answer to unlabelled `rows` is about."""
         return [" | ".join(map(str, row.values())) for row in rows]
 
-    def texts(self, rows: datasets.Dataset, tokenizer: Any, limit: int) -> list[tuple[str, ...]]:
-        """Of each answer to unlabelled `rows` the text or the pair that is read, for a token map."""
+    def texts(self, rows: datasets.Dataset, tokenizer: Any, limit: int) -> Sequence[tuple[str, ...] | Reading]:
+        """Of each answer to unlabelled `rows` the text or the pair, or how it is read, for a token map."""
         return [tuple(row.values()) for row in rows]
 
     def encode(
@@ -249,10 +250,10 @@ class TextWork(Work):
     def in_windows(self, stride: int) -> Work:
         return replace(self, text=replace(self.text, windows=stride))
 
-    def texts(self, rows: datasets.Dataset, tokenizer: Any, limit: int) -> list[tuple[str, ...]]:
+    def texts(self, rows: datasets.Dataset, tokenizer: Any, limit: int) -> Sequence[tuple[str, ...] | Reading]:
         if self.text.windows is None:
             return super().texts(rows, tokenizer, limit)
-        return [(text,) for text in window_texts(rows["text"][:], tokenizer, limit, stride=self.text.windows)]
+        return window_readings(rows["text"][:], tokenizer, limit, stride=self.text.windows)
 
     def _encode(self, rows: datasets.Dataset, tokenizer: Any, limit: int, labels: bool, training: bool) -> EncodedRows:
         given = canonical(rows)
@@ -334,7 +335,7 @@ class ResponseWork(Work):
     def shown(self, rows: datasets.Dataset) -> list[str]:
         return [f"{row['context'][-1]} | {candidate}" for row in rows for candidate in row["candidates"]]
 
-    def texts(self, rows: datasets.Dataset, tokenizer: Any, limit: int) -> list[tuple[str, ...]]:
+    def texts(self, rows: datasets.Dataset, tokenizer: Any, limit: int) -> Sequence[tuple[str, ...] | Reading]:
         return list(replace(self.response, max_length=limit).texts(rows, tokenizer))
 
     def _encode(self, rows: datasets.Dataset, tokenizer: Any, limit: int, labels: bool, training: bool) -> EncodedRows:

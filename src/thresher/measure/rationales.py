@@ -20,7 +20,8 @@ from thresher.measure.run import prepared
 from thresher.model import attachment_of, evaluating, find_encoder
 from thresher.policy import tracing
 from thresher.report.tokens import TokenMap, to_html
-from thresher.tasks.rationales import RationaleRows, Span
+from thresher.settings import is_number, is_whole
+from thresher.tasks.rationales import RationaleRows, Span, numbers
 
 IOU = 0.5
 Unread = Literal["last", "left out"]
@@ -83,7 +84,8 @@ def agreement(
     """How scores of tokens, of a policy (`kept_layers`) or of any saliency, agree with the rationales.
 
     scores: of each document one number a token, special tokens included; higher is more important. A word has the largest of
-        its tokens'. share: of a document's words that are chosen; None: the mean share of the rationales.
+        its tokens', one without a token is as one that was not read. share: of a document's words that are chosen; None: the
+        mean share of the rationales.
     unread: words beyond the tokens that were read are "last" in importance (ERASER's whole document), or "left out".
     Raises DataError when no document has a rationale, or scores are missing.
     """
@@ -92,6 +94,7 @@ def agreement(
     judged = _judged(rows, rows.word_scores(scores), unread)
     chance = float(np.mean([truth.mean() for _, truth, _ in judged]))
     share = chance if share is None else share
+    _check_share(share)
     areas, precisions = [], []
     for score, truth, _ in judged:
         precision, recall, _ = precision_recall_curve(truth, score)
@@ -104,19 +107,31 @@ def agreement(
 def agreement_by_layer(
     rows: RationaleRows, layers: Sequence[ArrayLike], count: int, *, unread: Unread = "last"
 ) -> list[Choice]:
-    """Of each of `count` layers, how the words that are still read after it agree. layers: as `kept_layers` gives them."""
+    """Of each of `count` layers, how the words that are still read after it agree. layers: as `kept_layers` gives them.
+
+    Raises OptionError for a count that is no whole number of at least 1, and what `agreement` raises.
+    """
+    if not is_whole(count) or count < 1:
+        raise OptionError(f"A model has a whole number of layers, at least 1, not {count!r}.")
     judged = _judged(rows, rows.word_scores(layers), unread)
     return [_choice([(at > layer, truth, spans) for at, truth, spans in judged]) for layer in range(1, count + 1)]
 
 
 def top_share(scores: NDArray[np.float64], share: float) -> Mask:
     """The round(share * n) best words, at least one, and every other word that scores as much as the last of them; words that
-    score lowest of all are only chosen where that is all there is to choose."""
-    if not 0.0 < share <= 1.0:
-        raise OptionError(f"share must be above 0 and at most 1, not {share!r}.")
+    score lowest of all are only chosen where that is all there is to choose. Raises DataError for no scores, or one that is not
+    finite; OptionError for a share that is none."""
+    _check_share(share)
+    if not len(scores) or not np.isfinite(scores).all():
+        raise DataError("The best words are chosen by finite scores, at least one; these are none, or not all finite.")
     bar = np.sort(scores)[::-1][max(round(share * len(scores)), 1) - 1]
     above: Mask = scores > scores.min()
     return (scores >= bar) & above if above.any() else np.ones_like(above)
+
+
+def _check_share(share: Any) -> None:
+    if not is_number(share) or not 0.0 < share <= 1.0:
+        raise OptionError(f"share must be above 0 and at most 1, not {share!r}.")
 
 
 def spans_of(mask: Iterable[Any]) -> list[Span]:
@@ -137,18 +152,19 @@ def rationale_maps(rows: RationaleRows, number: int, layers: ArrayLike, count: i
     layers: of its tokens, as `kept_layers` gives them; count: layers of the model.
     Raises DataError for a number that no document has, or layers of another document's tokens.
     """
-    if not 0 <= number < len(rows):
+    if not is_whole(number) or not 0 <= number < len(rows):
         raise DataError(f"There are {len(rows)} documents, from 0, and {number} is none of them.")
     words = rows.words[number]
     human = np.ones(len(words), dtype=np.int64)
     for start, end in rows.rationales[number]:
         human[start:end] = 0
     found = np.zeros(len(words))
-    word_of, values = rows.word_of[number], np.asarray(layers, dtype=np.float64)
-    if values.shape != word_of.shape:
-        raise DataError(
-            f"Document {number} has {len(word_of)} tokens, and layers of shape {values.shape} are not theirs."
-        )
+    word_of, values = rows.word_of[number], numbers(layers)
+    if values is None or values.shape != word_of.shape:
+        what = "values that are no numbers" if values is None else f"layers of shape {values.shape}"
+        raise DataError(f"Document {number} has {len(word_of)} tokens, and {what} are not theirs.")
+    if not np.isfinite(values).all():
+        raise DataError(f"Document {number} has a layer that is no number.")
     np.maximum.at(found, word_of[word_of >= 0], values[word_of >= 0])
     machine = [0 if at > count else max(int(at), 1) for at in found]
     texts = tuple(word if place == 0 else " " + word for place, word in enumerate(words))
@@ -162,7 +178,13 @@ def rationale_maps(rows: RationaleRows, number: int, layers: ArrayLike, count: i
 def rationales_page(
     rows: RationaleRows, layers: Sequence[ArrayLike], count: int, numbers: Sequence[int], title: str
 ) -> str:
-    """A self-contained HTML page of some documents, human and machine rationales beside each other."""
+    """A self-contained HTML page of some documents, human and machine rationales beside each other. Raises DataError for
+    layers of other documents, and what `rationale_maps` raises."""
+    if len(layers) != len(rows):
+        raise DataError(f"There are layers of {len(layers)} documents, but {len(rows)} documents.")
+    strange = [number for number in numbers if not is_whole(number) or not 0 <= number < len(rows)]
+    if strange:
+        raise DataError(f"There are {len(rows)} documents, from 0, and {strange[0]!r} is none of them.")
     return to_html([one for number in numbers for one in rationale_maps(rows, number, layers[number], count)], title)
 
 
@@ -181,8 +203,8 @@ def _judged(
             before = np.concatenate([[0], read.cumsum()])  # each word's place among those that were read
             spans = tuple((int(before[start]), int(before[end])) for start, end in spans if before[start] < before[end])
             score = score[read]
-        elif read.any():
-            score = np.where(read, score, score[read].min() - 1.0)
+        else:
+            score = np.where(read, score, score[read].min() - 1.0 if read.any() else 0.0)
         truth = np.zeros(len(score), dtype=bool)
         for start, end in spans:
             truth[start:end] = True

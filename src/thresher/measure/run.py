@@ -14,6 +14,7 @@ from thresher.errors import DataError, OptionError
 from thresher.measure.flops import speedup
 from thresher.model import attachment_of, evaluating, find_encoder, is_attached
 from thresher.policy import Trace, tracing
+from thresher.settings import is_whole
 
 if TYPE_CHECKING:
     import datasets
@@ -38,7 +39,10 @@ def batches(rows: datasets.Dataset, size: int | None = None, tokens: int = TOKEN
     """Row numbers in batches of similar length, longest first (embeddings and heads still see padding).
 
     size: rows of a batch; None: as many as have `tokens` tokens together, so that every batch is about the same work.
+    Raises OptionError for a size that is no whole number of at least 1.
     """
+    if size is not None and (not is_whole(size) or size < 1):
+        raise OptionError(f"A batch has a whole number of rows, at least 1, not {size!r}.")
     lengths = [len(ids) for ids in rows["input_ids"]]
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     if size is not None:

@@ -46,6 +46,9 @@ SHARP_ENOUGH, TOO_SHARP = 1e4, 1e7
 LEAST, MOST = 0.01, 1.0  # of eta
 LEAST_SHARE = 1e-3  # of theta
 CLIP = 1.0
+LARGEST = 1e34  # of lambda, which a growth without bounds would take out of float32; far too sharp before
+# A share that is just even is not below it, whatever rounding its sum took, which other rows of a batch change.
+JUST = 1.0 - 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +99,10 @@ class AdapLeR(PolicyConfig):
             growth = self.growth
         elif self.steepness is not None or growth is None:
             growth = max(SHARP / start, 1.0) ** (1.0 / max(epochs - 1, 1))
-        return tuple(start * growth**epoch for epoch in range(epochs))
+        found = [start]
+        while len(found) < epochs:
+            found.append(start * growth ** len(found) if found[-1] < LARGEST / growth else LARGEST)
+        return tuple(found)
 
 
 class AdapLeRPolicy(Policy[AdapLeR]):
@@ -128,7 +134,7 @@ class AdapLeRPolicy(Policy[AdapLeR]):
         if not self.config.strength:
             return tokens
         even = 1.0 / tokens.layout.spread(tokens.lengths).to(contribution.dtype)
-        return tokens.keep(keep_above(contribution, self.eta[layer - 1] * self.config.strength * even))
+        return tokens.keep(keep_above(contribution, self.eta[layer - 1] * (JUST * self.config.strength) * even))
 
     def log_contribution(self, layer: int, tokens: PackedTokens) -> Tensor:
         """[T] float32, the logarithm of each token's share; what has faded has faded from the shares too."""
@@ -227,7 +233,12 @@ class AdapLeRPolicy(Policy[AdapLeR]):
             raise OptionError(
                 f"AdapLeR's soft removal sharpens from epoch to epoch, so its stage needs at least 2, not {stage.epochs:g}."
             )
-        last = self.config.schedule(epochs)[-1]
+        first, last = (self.config.schedule(epochs)[place] for place in (0, -1))
+        if first < self.config.beta:
+            raise OptionError(
+                f"steepness begins at {first:.3g}, below beta={self.config.beta:g}, so that the first epoch would remove "
+                "everything; raise it, or leave it out."
+            )
         if not SHARP_ENOUGH <= last <= TOO_SHARP:
             raise OptionError(
                 f"steepness * growth ** epoch ends at {last:.3g} after {epochs} epochs, but should end between "

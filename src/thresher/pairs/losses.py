@@ -29,8 +29,7 @@ class PairLoss:
     label_weight, distil_weight: of the labels' loss, and of what a teacher says (its scores, and for DeFormer and VIRT what
         happens inside it). distil_temperature: T, of both softmaxes; the loss is multiplied by its square (Hinton et al. 2015).
     apart: where a MixEncoder starts as a dual-encoder, its encoder learns as that one's does, from what both sides say before
-        they interact, and what the encoder did not bring learns from the whole score. Without, what interaction asks of the
-        encoder costs what it said by itself.
+        they interact, and what the encoder did not bring learns from the whole score.
     """
 
     temperature: float = 1.0

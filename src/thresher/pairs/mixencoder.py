@@ -24,7 +24,7 @@ from thresher.pairs.scorer import Query, Scorer, ScorerConfig
 
 Strategy = Literal["S", "C", "M"]
 Start = Literal["paper", "dual"]
-SHARE = 0.1  # of what interacted, where a scorer starts as a dual-encoder
+SHARE = 0.2  # of what interacted, where a scorer starts as a dual-encoder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from thresher.errors import DataError, OptionError
+from thresher.settings import is_whole
 from thresher.tasks.files import kind_of
 
 DEFAULT_MAX_LENGTH = 512
@@ -85,7 +86,7 @@ def encode_texts(
         schema: dict[str, Any] = {name: datasets.Sequence(datasets.Value("int64")) for name in features}
         if labels is not None:
             features["labels"] = list(labels[start : start + _BATCH])
-            schema["labels"] = datasets.Value("int64" if isinstance(labels[0], int) else "float64")
+            schema["labels"] = datasets.Value("int64" if all(map(is_whole, labels)) else "float64")
         encoded.append(datasets.Dataset.from_dict(features, features=datasets.Features(schema)))
     return EncodedRows(datasets.concatenate_datasets(encoded), limit, truncated, empty)
 
@@ -93,7 +94,9 @@ def encode_texts(
 def length_limit(tokenizer: PreTrainedTokenizerBase, max_length: int | None, *, pair: bool = False) -> int:
     """The most tokens of a row. Arguments and errors as in `encode_texts`."""
     special = tokenizer.num_special_tokens_to_add(pair=pair)
-    limit = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH) if max_length is None else max_length
+    if max_length is not None and not is_whole(max_length):
+        raise OptionError(f"A maximum length is a whole number of tokens, not {max_length!r}.")
+    limit = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH) if max_length is None else int(max_length)
     if limit <= special:
         raise OptionError(f"A maximum length of {limit} leaves no room for text beside {special} special tokens.")
     return limit

@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from thresher.errors import DataError, OptionError
+from thresher.settings import is_whole
 from thresher.tasks.features import EncodedRows, length_limit, texts_of
+from thresher.tasks.given import as_rows
+from thresher.tasks.reading import Reading
 
 STRIDE = 64
 
@@ -65,7 +68,7 @@ class EncodedLongTexts(EncodedRows):
         weights = self.weights.reshape(-1, *[1] * (predictions.ndim - 1))
         sums = np.add.reduceat(predictions * weights, self.firsts, axis=0)
         means: NDArray[Any] = sums / np.add.reduceat(weights, self.firsts, axis=0)
-        return means.astype(predictions.dtype)
+        return means.astype(np.result_type(predictions.dtype, np.float32))
 
 
 def encode_windows(
@@ -88,12 +91,17 @@ def encode_windows(
         stride: the tokens that neighbouring windows share.
 
     Raises:
-        DataError: there are no rows, or a value is not a text (row from 1).
+        DataError: there are no rows or no column `text`, a value is not a text (row from 1), or labels are of other rows.
         OptionError: the tokenizer is slow, `max_length` has no room for a token beside the special ones, or windows that
             share so many tokens would never get on.
     """
+    rows = as_rows(rows)
     if not len(rows):
         raise DataError("There are no rows to encode.")
+    if "text" not in rows.column_names:
+        raise DataError(f"Long texts are read from a column 'text' (there are {', '.join(rows.column_names)}).")
+    if labels is not None and len(labels) != len(rows):
+        raise DataError(f"{len(labels)} labels do not fit {len(rows)} texts.")
     limit = _limit(tokenizer, max_length, stride)
     special = tokenizer.num_special_tokens_to_add()
     columns: dict[str, list[Any]] = {}
@@ -110,7 +118,7 @@ def encode_windows(
     features = dict.fromkeys(columns, _NUMBERS)
     if labels is not None:
         columns["labels"] = [labels[owner] for owner in owners]
-        features["labels"] = datasets.Value("int64" if isinstance(labels[0], int) else "float64")
+        features["labels"] = datasets.Value("int64" if all(map(is_whole, labels)) else "float64")
     return EncodedLongTexts(
         rows=datasets.Dataset.from_dict(columns, features=datasets.Features(features)),
         max_length=limit,
@@ -121,17 +129,23 @@ def encode_windows(
     )
 
 
-def window_texts(
+def window_readings(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None, *, stride: int = STRIDE
-) -> list[str]:
-    """Of every window that `encode_windows` makes of `texts` the part of the text. Arguments and errors as there."""
+) -> list[Reading]:
+    """Every window that `encode_windows` makes of `texts`, with its part of the text. Arguments and errors as there."""
     found = _windows(tokenizer, list(texts), _limit(tokenizer, max_length, stride), stride, return_offsets_mapping=True)
     made = []
-    for window, (owner, offsets) in enumerate(
-        zip(found["overflow_to_sample_mapping"], found["offset_mapping"], strict=True)
-    ):
-        own = [place for place, side in zip(offsets, found.sequence_ids(window), strict=True) if side is not None]
-        made.append(texts[owner][own[0][0] : own[-1][1]] if own else "")
+    for window, owner in enumerate(found["overflow_to_sample_mapping"]):
+        sides = found.sequence_ids(window)
+        places = [tuple(map(int, place)) for place in found["offset_mapping"][window]]
+        own = [place for place, side in zip(places, sides, strict=True) if side is not None]
+        first, last = (own[0][0], own[-1][1]) if own else (0, 0)
+        offsets = tuple(
+            (0, 0) if side is None else (start - first, end - first)
+            for (start, end), side in zip(places, sides, strict=True)
+        )
+        inputs = {name: found[name][window] for name in _KEPT if name in found}
+        made.append(Reading((texts[owner][first:last],), inputs, offsets, tuple(sides)))
     return made
 
 
@@ -143,7 +157,7 @@ def _limit(tokenizer: PreTrainedTokenizerBase, max_length: int | None, stride: i
         )
     limit = length_limit(tokenizer, max_length)
     room = limit - tokenizer.num_special_tokens_to_add()
-    if not 0 <= stride < room:
+    if not is_whole(stride) or not 0 <= stride < room:
         raise OptionError(
             f"A window of {limit} tokens has room for {room} of a text, so neighbouring ones share 0 to {room - 1} of them, "
             f"not {stride}."
@@ -165,4 +179,4 @@ def _windows(tokenizer: PreTrainedTokenizerBase, texts: list[str], limit: int, s
     )
 
 
-__all__ = ["STRIDE", "EncodedLongTexts", "encode_windows", "window_texts"]
+__all__ = ["STRIDE", "EncodedLongTexts", "encode_windows", "window_readings"]

@@ -47,17 +47,20 @@ class RationaleRows:
         """Of each document a score a word: the largest of its tokens'; NOT_READ (nan) for words beyond what is read.
 
         scores: of each document one number a token, special tokens included.
-        Raises DataError for another number of documents or tokens, or a score that is not finite.
+        Raises DataError for another number of documents or tokens, or a score that is not a finite number.
         """
+        if not isinstance(scores, Sequence | np.ndarray) or isinstance(scores, str):
+            raise DataError(f"Give a list of scores, one array a document, not {scores!r:.60}.")
         if len(scores) != len(self):
             raise DataError(f"There are scores of {len(scores)} documents, but {len(self)} documents.")
         found = []
         for number, (given, word_of, words) in enumerate(zip(scores, self.word_of, self.words, strict=True), start=1):
-            values = np.asarray(given, dtype=np.float64)
-            if values.shape != word_of.shape or not np.isfinite(values).all():
+            values = numbers(given)
+            if values is None or values.shape != word_of.shape or not np.isfinite(values).all():
+                what = "what is no numbers" if values is None else f"an array of shape {values.shape}"
+                more = " with other values" if values is not None and values.shape == word_of.shape else ""
                 raise DataError(
-                    f"Row {number} needs one finite score for each of its {len(word_of)} tokens, not an array of shape "
-                    f"{values.shape}{' with other values' if values.shape == word_of.shape else ''}."
+                    f"Row {number} needs one finite score for each of its {len(word_of)} tokens, not {what}{more}."
                 )
             out = np.full(len(words), -np.inf)
             np.maximum.at(out, word_of[word_of >= 0], values[word_of >= 0])
@@ -96,18 +99,29 @@ def encode_rationales(
     limit = length_limit(tokenizer, max_length)
     features: dict[str, list[Any]] = {}
     word_of, truncated = [], 0
+
+    def tokens(text: Sequence[str], limit: int) -> Any:
+        how = {"is_split_into_words": True, "split_special_tokens": True, "truncation": True, "max_length": limit}
+        return tokenizer(list(text), **how)
+
     for text in words:
-        encoded = tokenizer(
-            list(text), is_split_into_words=True, split_special_tokens=True, truncation=True, max_length=limit
-        )
+        encoded = tokens(text, limit)
         for name in ("input_ids", "attention_mask", "token_type_ids"):
             if name in encoded:
                 features.setdefault(name, []).append(encoded[name])
         of = np.array([-1 if word is None else word for word in encoded.word_ids()], dtype=np.int64)
-        truncated += len(of) == limit and int(of.max()) < len(text) - 1
+        truncated += len(of) == limit and len(tokens(text, limit + 1)["input_ids"]) > limit
         word_of.append(of)
     features["labels"] = class_numbers(rows["label"][:], label_names, None)
     return RationaleRows(datasets.Dataset.from_dict(features), words, rationales, tuple(word_of), truncated, empty)
+
+
+def numbers(given: ArrayLike) -> NDArray[np.float64] | None:
+    """As an array; None for what is none of numbers."""
+    try:
+        return np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError):
+        return None
 
 
 def _words(number: int, given: Any) -> tuple[str, ...]:

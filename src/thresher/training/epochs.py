@@ -74,10 +74,12 @@ class Epochs(TrainerCallback):
 
     def _judged(self, number: int) -> None:
         before = [one for one in judged(self.directory) if one.number != number]
-        found = sorted([*before, Epoch(number, *self.judge())], key=self.order, reverse=True)
+        # An epoch whose model is gone stays judged, behind those that there are: another order may have let it go.
+        there = [one for one in before if (self.directory / str(one.number)).is_dir()]
+        found = sorted([*there, Epoch(number, *self.judge())], key=self.order, reverse=True)
         if number in [one.number for one in found[: self.most]]:
             save(self.model, self.directory / str(number))
-        self._note(found)
+        self._note([*found, *sorted((one for one in before if one not in there), key=self.order, reverse=True)])
         for one in found[self.most :]:
             shutil.rmtree(self.directory / str(one.number), ignore_errors=True)
 

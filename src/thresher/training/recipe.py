@@ -35,7 +35,7 @@ from thresher.training.learner import stock_copy
 from thresher.training.plan import FINE_TUNE, planned
 from thresher.training.resuming import begin, by_one, refuse_another_run
 from thresher.training.salient import COLUMN, with_saliency
-from thresher.training.stages import learns_from_labels, refuse_unfit, run_stage, trains_on_cpu
+from thresher.training.stages import as_run, learns_from_labels, refuse_unfit, run_stage, trains_on_cpu
 
 FIRST_GUESS = 2.0
 EPOCHS = "epochs"  # a stage's folder of the epochs that were kept
@@ -102,6 +102,8 @@ def fit(
         raise DataError("There are no rows to train on.")
     for stage in plan:  # rather now than after the stages before it
         refuse_unfit(model, stage, rows)
+        if (acting := attachment_of(model).policy) is not None and not stage.exits:
+            acting.check(as_run(stage, arguments, len(rows)))
         if learns_from_labels(model, stage):
             refuse_one_answer(rows, kind_of_labels(find_encoder(model)))
     run = _Run(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import datasets
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from transformers import (
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
@@ -172,7 +173,7 @@ def run_stage(
         "disable_tqdm": not progress,
         **arguments,
     }
-    _refuse(model, dataclasses.replace(stage, epochs=_epochs(settings, len(rows))), rows)
+    _refuse(model, as_run(stage, settings, len(rows)), rows)
     learner = Learner(model, stage, teacher)
     with _in_its_modes(model, stage):
         trainer = _StageTrainer(
@@ -185,21 +186,40 @@ def run_stage(
         trainer.remove_callback(PrinterCallback)  # it would print to standard output, which belongs to the caller
         last = last_checkpoint(Path(directory)) if resume else None
         result = trainer.train(resume_from_checkpoint=last)
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise ThresherError(
-            f"Training diverged in the stage {stage.name!r}: the weights are no numbers any more; lower its learning rate "
-            f"({settings['learning_rate']:g})."
-        )
+    _refuse_no_numbers(model, stage, settings["learning_rate"])
     return dict(result.metrics)
 
 
-def _epochs(settings: Mapping[str, Any], rows: int) -> float:
-    """How often the rows are read, whatever of Trainer's arguments says so."""
-    steps = settings.get("max_steps", -1)
+def _refuse_no_numbers(model: Any, stage: Stage, rate: float) -> None:
+    """Raises ThresherError where training diverged."""
+    attachment = attachment_of(model)
+    parts = {
+        "the model's weights": (model, f"learning_rate ({rate:g})"),
+        "the method's weights": (attachment.policy, f"policy_learning_rate ({stage.policy_learning_rate})"),
+        "the exit's branches": (attachment.exit, f"exit_learning_rate ({stage.exit_learning_rate})"),
+    }
+    broken = [
+        (what, of)
+        for what, (part, of) in parts.items()
+        if part is not None and not all(parameter.isfinite().all() for parameter in part.parameters())
+    ]
+    if broken:
+        what = " and ".join(what for what, _ in broken)
+        raise ThresherError(
+            f"Training diverged in the stage {stage.name!r}: {what} are no numbers any more; lower its "
+            f"{' and '.join(of for _, of in broken)}, or settings of the method that are out of the ordinary."
+        )
+
+
+def as_run(stage: Stage, arguments: Mapping[str, Any], rows: int) -> Stage:
+    """The stage with the epochs that it comes to, whatever of Trainer's arguments says how many."""
+    steps = arguments.get("max_steps", -1)
     if steps <= 0:
-        return float(settings["num_train_epochs"])
-    a_step = settings["per_device_train_batch_size"] * settings.get("gradient_accumulation_steps", 1)
-    return float(steps / max(math.ceil(rows / a_step), 1))
+        return dataclasses.replace(stage, epochs=float(arguments.get("num_train_epochs", stage.epochs)))
+    size = arguments.get("per_device_train_batch_size", stage.batch_size)
+    processes = PartialState(cpu=trains_on_cpu(arguments)).num_processes
+    a_step = size * arguments.get("gradient_accumulation_steps", 1) * processes
+    return dataclasses.replace(stage, epochs=float(steps / max(math.ceil(rows / a_step), 1)))
 
 
 def _refuse(model: Any, stage: Stage, rows: datasets.Dataset) -> None:
