@@ -11,7 +11,7 @@ start: fine-tunes MiniLM-L6 in OUT/start, once. methods: trains each method from
 of SPEEDUPS on held-out rows, and reads the test rows. Its budget: --passes examples read forward and backward, a forward pass
 counting a third; what a teacher reads is not counted; of the training rows as many as it has passes for an epoch. target:
 AdapLeR alone, at the speedup that was aimed at before anything was measured. speed: its wall-clock there, paired, in batches
-of 32. rationales: how what each trained method keeps agrees with human rationales on the test split, beside two saliencies of
+of 32. rationales: how what each trained method keeps agrees with human rationales on the test split, beside saliencies of
 the start; examples go to OUT as pages. adaptivity: the FLOPs of each example against its length and the start's confidence, as
 plots. What is complete is not trained again. --limit: a few rows, nothing recorded.
 """
@@ -61,7 +61,7 @@ METHODS: dict[str, tuple[PolicyConfig, dict[str, float]]] = {
 SPEEDUPS = (1.5, 2.0, 3.0)
 AIMED_AT = {"imdb": 2.5, "eraser_movies": 3.0, "ag_news": 2.0, "sst2": 1.2, "mrpc": 1.2}  # AdapLeR's, at a point lost
 MARGIN = 1.02  # so that what is set on held-out rows is reached on test rows
-SALIENCIES = ("gradient-x-input", "attention")
+SALIENCIES = ("gradient-x-input", "integrated-gradients", "attention")
 SHOWN = 5  # documents, on pages and pictures of rationales
 
 
@@ -191,11 +191,16 @@ def speed(bench: Bench) -> None:
 
 def rationales(bench: Bench) -> None:
     rows = encode_rationales(bench.load(bench.judged), bench.tokenizer, bench.max_tokens)
+    _agree(bench, rows, "a constant", agreement(rows, [np.ones(len(of)) for of in rows.word_of]), {})
     for name in SALIENCIES:
         _agree(
             bench, rows, name, agreement(rows, thresher.saliency(thresher.attach(bench.model()), rows.rows, name)), {}
         )
     for name, model in bench.each(bench.args.speedup):
+        if name == "adapler":
+            _agree(
+                bench, rows, "contribution", agreement(rows, thresher.saliency(model, rows.rows, "contribution")), {}
+            )
         layers, count = kept_layers(model, rows), attachment_of(model).engine.entrance.calls
         by_layer = {
             f"f1_{n}": round(choice.f1, 4) for n, choice in enumerate(agreement_by_layer(rows, layers, count), 1)
@@ -226,17 +231,16 @@ def _side_by_side(
 
 def _agree(bench: Bench, rows: RationaleRows, name: str, found: Agreement, more: dict[str, float]) -> None:
     spread = {
-        "average_precision": found.average_precision,
+        "auprc": found.auprc,
         "token_f1": found.choice.f1,
         "iou_f1": found.choice.iou_f1,
         "share_chosen": found.choice.share,
     }
     bench.record(
-        f"rationales-{name}",
-        f"AUPRC against human rationales: {name}",
-        found.auprc,
+        f"rationales-{name.replace(' ', '-')}",
+        f"average precision against human rationales: {name}",
+        found.average_precision,
         "",
-        baseline=f"a constant score has an average precision of {found.chance:.3f}",
         spread={**{key: round(value, 4) for key, value in spread.items()}, **more},
         examples=found.documents,
         note=f"{bench.note}; methods at about {bench.args.speedup}x; words beyond {bench.max_tokens} tokens count as least "
