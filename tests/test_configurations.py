@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+import re
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -393,3 +396,30 @@ def test_one_logit_of_a_probability_learns_by_cross_entropy_and_from_both_outcom
     learned = -sum(math.log(b if y else 1 - b) for b, y in zip(q, labels.tolist(), strict=True)) / 4
     distance = sum(a * math.log(a / b) + (1 - a) * math.log((1 - a) / (1 - b)) for a, b in zip(p, q, strict=True)) / 4
     assert float(out["loss"].detach()) == pytest.approx(learned + distance, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make_settings", "says"),
+    [
+        (lambda: thresher.TRBert(points="2"), "points must be a list of whole numbers or none, not '2'"),
+        (lambda: thresher.TRBert(points=2), "points must be a list of whole numbers or none, not 2"),
+        (lambda: thresher.TRBert(points=(2.5,)), "points must be a list of whole numbers"),
+        (lambda: thresher.TRBert(points=(2, None)), "points must be a list of whole numbers"),
+        (lambda: thresher.AttentionMass(retention=("a", 0.5)), "retention must be a list of numbers or none"),
+        (lambda: thresher.AdapLeR(protect_segments="0"), "protect_segments must be a list of whole numbers"),
+        (lambda: thresher.AdapLeR(protect_ids=5), "protect_ids must be a list of whole numbers"),
+        (lambda: thresher.AdapLeR(strength=10**400), "strength must be a number"),
+        (lambda: thresher.TRBert(bias=1e39), "bias must be a number"),
+        (lambda: thresher.AdapLeR(width=2**70), "width must be a whole number"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(make_settings: Any, says: str) -> None:
+    with pytest.raises(OptionError, match=re.escape(says)):
+        make_settings()
+
+
+def test_numpys_numbers_are_settings_like_any_other() -> None:
+    made = thresher.TRBert(points=[np.int64(2), 3.0], penalty=np.float32(0.25), samples=np.int32(4))
+    assert made == thresher.TRBert(points=(2, 3), penalty=0.25, samples=4)
+    assert json.loads(json.dumps(made.to_dict()))["points"] == [2, 3]
+    assert type(made)(**{**made.to_dict()}) == made
