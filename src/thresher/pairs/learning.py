@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from thresher.errors import DataError, OptionError, ThresherError
 from thresher.pairs.losses import NO_TOKEN, PairLearner, PairLoss
@@ -22,7 +22,7 @@ from thresher.pairs.scorer import Scorer
 from thresher.settings import is_number, is_whole
 from thresher.tasks.pairs import Pairs, pairs
 from thresher.training.resuming import begin, last_checkpoint, refuse_another_run
-from thresher.training.stages import Precision, training_arguments
+from thresher.training.stages import Precision, RatesTrainer, training_arguments
 
 _BATCH = 1000  # rows tokenized at a time
 
@@ -209,26 +209,13 @@ def train(
     return {**result.metrics, "cut": float(found.cut), "left_out": float(found.left_out)}
 
 
-class _TwoRates(Trainer):
-    """Trainer with a learning rate of its own for what is not the encoder's."""
+class _TwoRates(RatesTrainer):
+    """With a learning rate of its own for what is not the encoder's."""
 
     own_rate: float
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            learner: Any = self.model
-            decayed = set(self.get_decay_parameter_names(learner))
-            groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
-            for name, parameter in learner.named_parameters():
-                rate = self.args.learning_rate if name.startswith("scorer.encoder.") else self.own_rate
-                decay = self.args.weight_decay if name in decayed else 0.0
-                if parameter.requires_grad:
-                    groups.setdefault((rate, decay), []).append(parameter)
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = kind(
-                [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()], **options
-            )
-        return self.optimizer
+    def rate_of(self, name: str) -> float:
+        return float(self.args.learning_rate) if name.startswith("scorer.encoder.") else self.own_rate
 
 
 def _check(epochs: float, batch_size: int, **rates: float) -> None:

@@ -59,32 +59,56 @@ class _ForThePolicy:
         return torch.stack(values)
 
 
-class _StageTrainer(Trainer):
-    """Trainer with a learning rate of its own for the policy's parameters, and for the exit's."""
+class RatesTrainer(Trainer):
+    """Trainer whose parameters learn, and decay, each as its name says."""
+
+    def rate_of(self, name: str) -> float:
+        raise NotImplementedError
+
+    def decay_of(self, name: str) -> float:
+        """Where transformers lets the parameter decay at all."""
+        return float(self.args.weight_decay)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            learner: Learner = self.model  # type: ignore[assignment]
-            stage = learner.stage
+            learner: Any = self.model
             decayed = set(self.get_decay_parameter_names(learner))
-            along = tuple(f"policy.{name}" for name in learner.policy.with_the_model) if learner.policy else ()
             groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
             for name, parameter in learner.named_parameters():
-                if not parameter.requires_grad:
-                    continue
-                own = name.startswith("policy.") and not name.startswith(along)
-                rate = stage.policy_learning_rate if own else stage.learning_rate
-                if name.startswith(along) and stage.predictor_learning_rate is not None:
-                    rate = stage.predictor_learning_rate
-                if name.startswith("exit."):
-                    rate = stage.exit_learning_rate
-                decay = stage.weight_decay if name in decayed and not own else 0.0
-                groups.setdefault((rate or 0.0, decay), []).append(parameter)
+                if parameter.requires_grad:
+                    decay = self.decay_of(name) if name in decayed else 0.0
+                    groups.setdefault((self.rate_of(name), decay), []).append(parameter)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = kind(
                 [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()], **options
             )
         return self.optimizer
+
+
+class _StageTrainer(RatesTrainer):
+    """With a learning rate of its own for the policy's parameters, and for the exit's."""
+
+    @property
+    def learner(self) -> Learner:
+        return self.model  # type: ignore[return-value]
+
+    def rate_of(self, name: str) -> float:
+        stage = self.learner.stage
+        rate = stage.policy_learning_rate if self._alone(name) else stage.learning_rate
+        if self._along(name) and stage.predictor_learning_rate is not None:
+            rate = stage.predictor_learning_rate
+        return (stage.exit_learning_rate if name.startswith("exit.") else rate) or 0.0
+
+    def decay_of(self, name: str) -> float:
+        return 0.0 if self._alone(name) else self.learner.stage.weight_decay
+
+    def _along(self, name: str) -> bool:
+        """Whether it is of the policy and learns with the model."""
+        policy = self.learner.policy
+        return policy is not None and name.startswith(tuple(f"policy.{own}" for own in policy.with_the_model))
+
+    def _alone(self, name: str) -> bool:
+        return name.startswith("policy.") and not self._along(name)
 
 
 class _ToldToPolicy(TrainerCallback):
