@@ -131,7 +131,7 @@ def test_training_that_diverges_is_an_error(tmp_path: Path) -> None:
     with torch.no_grad():
         next(model.parameters()).fill_(np.nan)
     with pytest.raises(
-        thresher.ThresherError, match="Training diverged in the stage 'soft': .* lower its learning rate"
+        thresher.ThresherError, match="Training diverged in the stage 'soft': .* lower its learning_rate"
     ):
         run_stage(model, Stage(name="soft", mode="soft", epochs=1.0), dataset(4), tokenizer(), tmp_path, progress=False)
 
