@@ -75,6 +75,7 @@ def encode_texts(
     if not len(rows):
         raise DataError("There are no rows to encode.")
     limit = length_limit(tokenizer, max_length, pair=len(columns) == 2)
+    kind = datasets.Value("int64" if labels is not None and all(map(is_whole, labels)) else "float64")
     encoded, truncated, empty = [], 0, 0
     for start in range(0, len(rows), _BATCH):
         batch = rows[start : start + _BATCH]
@@ -86,7 +87,7 @@ def encode_texts(
         schema: dict[str, Any] = {name: datasets.Sequence(datasets.Value("int64")) for name in features}
         if labels is not None:
             features["labels"] = list(labels[start : start + _BATCH])
-            schema["labels"] = datasets.Value("int64" if all(map(is_whole, labels)) else "float64")
+            schema["labels"] = kind
         encoded.append(datasets.Dataset.from_dict(features, features=datasets.Features(schema)))
     return EncodedRows(datasets.concatenate_datasets(encoded), limit, truncated, empty)
 
