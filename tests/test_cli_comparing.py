@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from helpers import build, config_of, tokenizer
 from thresher.cli.comparing import _drawn, _each
 from thresher.cli.tagging_work import TaggingWork
 from thresher.cli.work import ResponseWork, TextWork, Truth
+from thresher.comparing import Part
+from thresher.tasks.long_texts import EncodedLongTexts
 from thresher.tasks.ranking import ranking_metrics
 from thresher.tasks.tagging import TaggingTask
 from thresher.tasks.text import TextTask
@@ -278,20 +281,45 @@ def test_other_metrics_are_taken_of_the_rows_drawn(metric: str) -> None:
     assert _drawn(work, truth)(logits, [index[:2], index[2:]]) == pytest.approx(expected)
 
 
-def test_tags_are_judged_against_those_of_the_rows_drawn() -> None:
-    """A perfect tagger is perfect on every draw of rows."""
+def test_windows_of_a_text_are_judged_and_drawn_together() -> None:
+    """A mean over texts is one over texts, and a text that is drawn brings all its windows."""
+    texts = ["w5 w6 " * (3 * i) for i in range(8)]
+    labels = [i % 2 for i in range(8)]
+    task = TextTask("classification", 2, windows=2)
+    encoded = task.encode(datasets.Dataset.from_dict({"text": texts, "label": labels}), tokenizer(), 12)
+    assert isinstance(encoded, EncodedLongTexts) and len(encoded.rows) > len(texts)
+    said = np.random.default_rng(0).normal(size=(len(encoded.rows), 2))
+    truth = Truth.of(encoded)
+    assert truth is not None and truth.owners == encoded.owners
+    part = Part(encoded.rows, owners=truth.owners)
+    units = part._units
+    right = encoded.averaged(said).argmax(-1) == labels
+    each = _each(TextWork(text=task), truth)
+    assert each is not None and each(said).tolist() == right.tolist()
+    work = TextWork(text=replace(task, metric="f1"))
+    assert _each(work, truth) is None and len(units) == len(texts)
+    drawn = [3, 3, 7, 0, 4]
+    wanted = task.metrics(encoded.averaged(said)[drawn], [labels[i] for i in drawn])["f1"]
+    assert _drawn(work, truth)(said, [units[i] for i in drawn]) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("windows", [None, 1])
+def test_tags_are_judged_against_those_of_the_rows_drawn(windows: int | None) -> None:
+    """A perfect tagger is perfect on every draw of rows; of windows, those of a row are drawn together."""
     rows = [
         {"tokens": [f"w{i}", "w5", "w6"], "tags": ["O", *(("B-x", "I-x") if i % 3 else ("O", "B-x"))]}
         for i in range(7, 20)
     ]
-    task = TaggingTask(("O", "B-x", "I-x"))
-    encoded = task.encode(datasets.Dataset.from_list(rows), tokenizer())
+    task = TaggingTask(("O", "B-x", "I-x"), windows)
+    encoded = task.encode(datasets.Dataset.from_list(rows), tokenizer(), None if windows is None else 4)
+    assert len(encoded.rows) == len(rows) * (1 if windows is None else 2)
     perfect = np.eye(3)[np.maximum(np.array(encoded.rows["labels"][:]), 0)]
-    work, truth = TaggingWork(tagging=task), Truth(encoded.tags, tags=encoded)
-    assert work.quality(truth, np.zeros(0))(perfect) == 1.0
+    work, truth = TaggingWork(tagging=task), Truth.of(encoded)
+    assert truth is not None and work.quality(truth, np.zeros(0))(perfect) == 1.0
+    every = Part(encoded.rows, owners=truth.owners)._units
     draw = np.random.default_rng(0)
     for _ in range(5):
-        units = [np.array([row]) for row in draw.integers(len(rows), size=len(rows))]
+        units = [every[row] for row in draw.integers(len(rows), size=len(rows))]
         assert _drawn(work, truth)(perfect, units) == 1.0
         index = np.concatenate(units)
         wrong = perfect[:, :, [1, 2, 0]]

@@ -118,6 +118,38 @@ def test_answers_are_tags_of_words_and_entities(place: Path, tmp_path: Path) -> 
     assert shown.exit_code == 0 and "w60" in shown.stdout and "tags" not in shown.stdout
 
 
+def test_long_rows_are_read_whole_in_windows(place: Path, tmp_path: Path) -> None:
+    rows = [{"tokens": ["w5"] * 57 + ["w60", "w61", "w30"], "tags": ["O"] * 57 + ["B-high", "I-high", "O"]}]
+    file = write_rows(tmp_path / "long.jsonl", [*rows, *tagged(3, 5)])
+    cut, whole = (call("predict", place / "fitted", file, "--json", *more) for more in ((), ("--windows", 8)))
+    assert "1 of 4 rows is longer than 48 tokens and read in 2 windows" in whole.stderr
+    before, found = (json.loads(said.stdout)["predictions"] for said in (cut, whole))
+    assert found[1:] == before[1:] and len(found) == 4
+    assert before[0]["tags"][46:] == ["O"] * 14
+    assert {"type": "high", "text": "w60 w61", "start": 57, "end": 59} in found[0]["entities"]
+    assert ok("evaluate", place / "fitted", file, "--windows", 8)["rows"] == 5
+    text = " ".join(rows[0]["tokens"])
+    maps = ok("explain", place / "fitted", "--text", text, "--windows", 8)["maps"]
+    shown = [[piece.strip() for piece in one["tokens"]] for one in maps]
+    assert len(shown) == 2 and "w60" not in shown[0] and "w60" in shown[1]
+
+
+def test_a_tagger_that_was_fitted_in_windows_reads_windows(place: Path, tmp_path: Path) -> None:
+    draw = random.Random(0)
+    drawn = [draw.sample(tagged(80, 6), 6) for _ in range(30)]
+    rows = [{name: [one for part in parts for one in part[name]] for name in ("tokens", "tags")} for parts in drawn]
+    long = write_rows(tmp_path / "long.jsonl", rows)
+    more = (*TASK, "--windows", 8, "--speedup", 1.2, "--max-length", 24, "--out", tmp_path / "out", *QUICK)
+    found = ok("fit", place / "fitted", long, "--validation", long, *more)
+    assert found["task"]["windows"] == 8 and found["validation_rows"] > 2 * len(rows)
+    again = ok("evaluate", tmp_path / "out", long)
+    assert again["rows"] == found["validation_rows"]
+    scores = {name: value for name, value in found["thresher"].items() if name != "agreement"}
+    assert again["thresher"] == pytest.approx(scores | {"agreement": again["thresher"]["agreement"]})
+    answers = ok("predict", tmp_path / "out", long)["predictions"]
+    assert [len(answer["tags"]) for answer in answers] == [len(row["tokens"]) for row in rows]
+
+
 def test_without_tags(place: Path, tmp_path: Path) -> None:
     bare = write_rows(tmp_path / "bare.jsonl", [{"tokens": row["tokens"]} for row in tagged(20, 4)])
     assert set(ok("evaluate", place / "fitted", bare)["thresher"]) == {"agreement"}
@@ -170,5 +202,5 @@ def test_what_is_wrong_is_one_sentence(place: Path, tmp_path: Path) -> None:
     rows[2]["tags"] = ["O"]
     fails("evaluate", place / "fitted", write_rows(file, rows), match="Row 3 has 1 tags for")
     fails("predict", place / "fitted", "--text", "w5", "--pair", "w6", match="leave --pair out")
-    fails("evaluate", place / "fitted", place / "valid.jsonl", "--windows", 4, match="--windows is for classification")
+    fails("evaluate", place / "fitted", place / "valid.jsonl", "--windows", 46, match="share 0 to 45 of them, not 46")
     assert not (tmp_path / "out").exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -289,7 +288,7 @@ def _part(start: Opened, encoded: EncodedRows, name: str) -> Part:
         return Part(encoded.rows, quality, each=lambda now: _cosines(now, reference), name=name)
     quality, each = start.work.quality(truth, _nothing()), _each(start.work, truth)
     drawn = None if each is not None else _drawn(start.work, truth)
-    return Part(encoded.rows, quality, each, drawn, name, truth=list(truth.labels))
+    return Part(encoded.rows, quality, each, drawn, name, truth=list(truth.labels), owners=truth.owners)
 
 
 def _each(work: Work, truth: Truth) -> Callable[[np.ndarray], np.ndarray] | None:
@@ -302,9 +301,9 @@ def _each(work: Work, truth: Truth) -> Callable[[np.ndarray], np.ndarray] | None
         return lambda said: questions.judge.each(questions.texts(said, threshold))[place]
     labels = np.array(truth.labels) if work.kind in ("classification", "regression", "response") else None
     if labels is not None and work.metric == "accuracy":
-        return lambda said: (said.argmax(-1) == labels).astype(float)
+        return lambda said: (truth.joined(said).argmax(-1) == labels).astype(float)
     if labels is not None and work.metric == "mse":
-        return lambda said: -((said.reshape(-1) - labels) ** 2)
+        return lambda said: -((truth.joined(said).reshape(-1) - labels) ** 2)
     if truth.groups is not None:
         groups, true = np.array(truth.groups), np.array(truth.labels)
         dialogues = [of for of in (np.flatnonzero(groups == group) for group in np.unique(groups)) if true[of].any()]
@@ -324,10 +323,7 @@ def _drawn(work: Work, truth: Truth) -> Callable[[np.ndarray, Any], float]:
 
 def _of(work: Work, truth: Truth, index: np.ndarray) -> Callable[[np.ndarray], float]:
     """The metric on the rows of these numbers."""
-    groups = None if truth.groups is None else [truth.groups[i] for i in index]
-    tags = None if truth.tags is None else truth.tags.select(index)
-    picked = replace(truth, labels=[truth.labels[i] for i in index], groups=groups, tags=tags)
-    found = work.quality(picked, _nothing())
+    found = work.quality(truth.select(index), _nothing())
     assert found is not None
     return found
 

@@ -111,8 +111,8 @@ Windows = Annotated[
     typer.Option(
         "--windows",
         min=0,
-        help="Read long texts whole: in windows that share this many tokens, and answered by their mean. Default: as fitted, "
-        "else long texts are cut.",
+        help="Read long texts whole, in windows that share this many tokens: answered by their mean; a tagger's word in the "
+        "window that shows most around it. Default: as fitted, else long texts are cut.",
         metavar="STRIDE",
         rich_help_panel=DATA,
     ),

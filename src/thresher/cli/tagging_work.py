@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import datasets
@@ -34,12 +34,20 @@ class TaggingWork(Work):
         return self.measure
 
     def notes(self) -> dict[str, Any]:
-        return super().notes() | {"label_names": list(self.tagging.names), "num_labels": len(self.tagging.names)}
+        tagging = self.tagging
+        return super().notes() | {
+            "label_names": list(tagging.names),
+            "num_labels": len(tagging.names),
+            **({} if tagging.windows is None else {"windows": tagging.windows}),
+        }
 
     @classmethod
     def _noted(cls, notes: Mapping[str, Any]) -> Self:
-        task = TaggingTask(tuple(notes["label_names"]))
+        task = TaggingTask(tuple(notes["label_names"]), notes.get("windows"))
         return cls(dict(notes["columns"]), notes["max_length"], tagging=task, measure=notes["metric"])
+
+    def in_windows(self, stride: int) -> Work:
+        return replace(self, tagging=replace(self.tagging, windows=stride))
 
     def unlabelled(self, rows: datasets.Dataset) -> datasets.Dataset:
         """Words; also those of single texts, between white space."""
@@ -53,7 +61,7 @@ class TaggingWork(Work):
         return [" ".join(words) for words in rows["tokens"]]
 
     def texts(self, rows: datasets.Dataset, tokenizer: Any, limit: int) -> Sequence[tuple[str, ...] | Reading]:
-        return [Reading.of_words(words, tokenizer, limit) for words in rows["tokens"]]
+        return self.tagging.readings(rows["tokens"][:], tokenizer, limit)
 
     def _encode(self, rows: datasets.Dataset, tokenizer: Any, limit: int, labels: bool, training: bool) -> EncodedRows:
         return self.tagging.encode(rows, tokenizer, limit, require_tags=labels, training=training)

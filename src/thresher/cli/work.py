@@ -24,7 +24,7 @@ from thresher.tasks.ranking import ranking_metrics
 from thresher.tasks.reading import Reading
 from thresher.tasks.responses import ResponseTask, Utterances
 from thresher.tasks.retrieval import agreement
-from thresher.tasks.tagging import EncodedTags
+from thresher.tasks.tagging import EncodedLongTags, EncodedTags
 from thresher.tasks.text import TextTask, canonical
 
 Scores = dict[str, float]
@@ -56,6 +56,26 @@ class Truth:
         if "labels" not in rows.column_names:
             return None
         return cls(list(rows["labels"]), list(rows["group"]) if "group" in rows.column_names else None)
+
+    @property
+    def owners(self) -> Sequence[int] | None:
+        """Of every row what it is a window of, by number; None where rows are no windows."""
+        if self.texts is not None:
+            return self.texts.owners
+        return self.tags.owners if isinstance(self.tags, EncodedLongTags) else None
+
+    def select(self, index: Sequence[int] | np.ndarray) -> Truth:
+        """That of the rows of these numbers; of windows all those of some texts or rows of words, one after the other."""
+        if self.texts is not None:
+            texts = self.texts.select(index)
+            assert texts.labels is not None
+            return replace(self, labels=texts.labels, texts=texts)
+        if self.tags is not None:
+            tags = self.tags.select(index)
+            assert tags.tags is not None
+            return replace(self, labels=tags.tags, tags=tags)
+        groups = None if self.groups is None else [self.groups[i] for i in index]
+        return replace(self, labels=[self.labels[i] for i in index], groups=groups)
 
     def joined(self, predictions: np.ndarray) -> np.ndarray:
         """An answer for each label, also where rows are windows of texts."""
@@ -139,7 +159,9 @@ class Work:
 
     def in_windows(self, stride: int) -> Work:
         """The same, reading long texts in windows."""
-        raise OptionError(f"--windows is for classification and regression of single texts; this is {self.kind}.")
+        raise OptionError(
+            f"--windows is for classification and regression of single texts and for tagging; this is {self.kind}."
+        )
 
     def unlabelled(self, rows: datasets.Dataset) -> datasets.Dataset:
         """Rows whose labels, if any, are left unread."""

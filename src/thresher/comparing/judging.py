@@ -33,6 +33,8 @@ class Part:
         bootstrap needs where the quality is no mean.
     name: what reports call these rows.
     truth: what the quality judges by and the rows do not hold, as plain values; a run does not go on with another.
+    owners: of every row the unit that it is a part of (a long text, of which rows are windows); None: of its column `group`,
+        else every row is one.
     """
 
     rows: datasets.Dataset
@@ -41,6 +43,7 @@ class Part:
     drawn: Callable[[np.ndarray, Sequence[np.ndarray]], float] | None = None
     name: str = "rows"
     truth: Any = None
+    owners: Sequence[int] | None = None
 
     @classmethod
     def of(cls, rows: datasets.Dataset, quality: RowsQuality | None, name: str) -> Part:
@@ -94,9 +97,9 @@ class Part:
     @cached_property
     def _units(self) -> list[np.ndarray]:
         """The row numbers of each row, or of each group of rows."""
-        if "group" not in self.rows.column_names:
+        if self.owners is None and "group" not in self.rows.column_names:
             return [np.array([number]) for number in range(len(self.rows))]
-        groups = np.array(self.rows["group"])
+        groups = np.array(self.rows["group"] if self.owners is None else self.owners)
         return [np.flatnonzero(groups == group) for group in np.unique(groups)]
 
     @cached_property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import datasets
@@ -50,6 +50,20 @@ class EncodedLongTexts(EncodedRows):
         if (rest := super().notice()) is not None:
             parts.append(rest)
         return "; ".join(parts) or None
+
+    @property
+    def owners(self) -> list[int]:
+        """[windows] the number of each window's text."""
+        return np.repeat(np.arange(len(self.firsts)), np.diff(self.firsts, append=len(self.weights))).tolist()
+
+    def select(self, index: Sequence[int] | NDArray[Any]) -> EncodedLongTexts:
+        """The windows of these numbers, which are all those of some texts, text after text; the counts stay those of all."""
+        windows = np.asarray(index, dtype=np.int64)
+        firsts = np.flatnonzero(np.isin(windows, self.firsts))
+        owners = self.owners
+        labels = None if self.labels is None else [self.labels[owners[window]] for window in windows[firsts]]
+        rows = self.rows.select(windows)
+        return replace(self, rows=rows, firsts=firsts, weights=self.weights[windows], labels=labels)
 
     def averaged(self, predictions: NDArray[Any]) -> NDArray[Any]:
         """What is said of each text: the mean of what is said of its windows, weighted by their tokens.

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import numpy as np
-from numpy.typing import NDArray
-from seqeval.metrics import classification_report
-from seqeval.metrics.sequence_labeling import get_entities
 from transformers import PreTrainedTokenizerBase
 
 from thresher.errors import DataError, OptionError, nearest
+from thresher.settings import is_whole
 from thresher.targets import IGNORED
-from thresher.tasks.features import EncodedRows, length_limit
+from thresher.tasks.encoded_tags import EncodedLongTags, EncodedTags, entities
+from thresher.tasks.features import length_limit
+from thresher.tasks.long_texts import STRIDE
+from thresher.tasks.reading import Reading
 from thresher.tasks.tag_rows import BIO, OUTSIDE, canonical, declared_tags, has_tags, repaired, tags_of, words_of
+from thresher.tasks.word_windows import WordWindows
 
 METRICS = ("f1", "precision", "recall")
 
@@ -25,135 +27,27 @@ _KEPT = ("input_ids", "attention_mask", "token_type_ids")
 _NUMBERS = datasets.Sequence(datasets.Value("int64"))
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncodedTags(EncodedRows):
-    """Rows of words as token ids; `labels`, where there are tags, holds a tag's number on a word's first token and -100 on
-    every other.
-
-    Attributes:
-        names: the tags, in the order of a model's outputs.
-        words: of every row.
-        firsts: of every word the place of its first token; -1 where it was cut off, or the tokenizer gives it no token.
-        tags: of every word, in IOB2; None without tags.
-        lost: how many words were cut off.
-        silent: how many words the tokenizer gives no token for (a zero-width space by itself, for instance).
-        begun: how many entities began with I- (see `repaired`).
-        left_out: how many rows are not among these, as they have no word to learn from.
-    """
-
-    names: tuple[str, ...]
-    words: list[list[str]]
-    firsts: list[list[int]]
-    tags: list[list[str]] | None = None
-    lost: int = 0
-    silent: int = 0
-    begun: int = 0
-    left_out: int = 0
-
-    def notice(self) -> str | None:
-        parts = []
-        if self.truncated:
-            rows = f"{self.truncated} of {len(self.rows)} rows {_were(self.truncated)}"
-            cut = f"with {_count(self.lost, 'word')} cut off, which {_get(self.lost)} the tag O"
-            end = cut if self.lost else "in the middle of the last word"
-            parts.append(f"{rows} longer than {self.max_length} tokens, {end}")
-        if self.silent:
-            parts.append(f"{_count(self.silent, 'word')} without a token {_get(self.silent)} the tag O")
-        if self.begun:
-            begins = "entity begins" if self.begun == 1 else "entities begin"
-            parts.append(f"{self.begun} {begins} with I-, which is read as B-")
-        if self.empty:
-            parts.append("1 row is empty" if self.empty == 1 else f"{self.empty} rows are empty")
-        if self.left_out:
-            parts.append(f"{_count(self.left_out, 'row')} without a word to learn from {_were(self.left_out)} left out")
-        return "; ".join(parts) or None
-
-    def select(self, index: Sequence[int] | NDArray[Any]) -> EncodedTags:
-        """The rows of these numbers, some more than once where they are; the counts stay those of all."""
-        numbers = [int(number) for number in index]
-        words, firsts = [self.words[number] for number in numbers], [self.firsts[number] for number in numbers]
-        tags = None if self.tags is None else [self.tags[number] for number in numbers]
-        return replace(self, rows=self.rows.select(numbers), words=words, firsts=firsts, tags=tags)
-
-    def predicted(self, predictions: NDArray[Any]) -> list[list[str]]:
-        """A tag for every word of every row; O for words that were not read.
-
-        Args:
-            predictions: [rows, N, tags] logits, as `measure.run.run` gives them.
-
-        Raises:
-            DataError: the shape does not fit these rows.
-        """
-        rows, classes = len(self.firsts), len(self.names)
-        if predictions.ndim != 3 or (len(predictions), predictions.shape[2]) != (rows, classes):
-            raise DataError(f"Predictions {predictions.shape} do not fit {rows} rows and {classes} tags.")
-        made = []
-        last = max((place for firsts in self.firsts for place in firsts), default=-1)
-        if last >= predictions.shape[1] or np.isnan(predictions).all():
-            what = "are no numbers" if last < predictions.shape[1] else f"end before token {last}, which begins a word"
-            raise DataError(f"Predictions {predictions.shape} {what}.")
-        for logits, firsts in zip(predictions, self.firsts, strict=True):
-            places = np.array(firsts, dtype=np.int64)
-            best = logits[places].argmax(-1) if len(places) else places
-            made.append(
-                [self.names[tag] if place >= 0 else OUTSIDE for place, tag in zip(firsts, best.tolist(), strict=True)]
-            )
-        return made
-
-    def metrics(self, predictions: NDArray[Any]) -> dict[str, float]:
-        """F1, precision and recall of all entities together (0 to 1, 0 where nothing is there to count).
-
-        An entity is right where its type and both its ends are; one in words that were not read is missed.
-
-        Raises:
-            DataError: the rows have no tags, or the shape does not fit.
-        """
-        return _scores(self._counted(predictions).get("micro avg", {}))
-
-    def report(self, predictions: NDArray[Any]) -> dict[str, dict[str, float]]:
-        """The same of each type by itself, with `support`, its number of true entities. Arguments and errors as there."""
-        found = self._counted(predictions)
-        return {
-            kind: _scores(values) | {"support": float(values["support"])}
-            for kind, values in found.items()
-            if not kind.endswith(" avg")
-        }
-
-    def _counted(self, predictions: NDArray[Any]) -> dict[str, Any]:
-        if self.tags is None:
-            raise DataError("These rows come without tags, so there is nothing to judge by.")
-        predicted = self.predicted(predictions)
-        if all(tag == OUTSIDE for rows in (self.tags, predicted) for row in rows for tag in row):
-            return {}
-        found: dict[str, Any] = classification_report(self.tags, predicted, output_dict=True, zero_division=0)
-        return found
-
-    def agreement(self, predictions: NDArray[Any], reference: NDArray[Any]) -> float:
-        """The share of words with the same tag in both, of [rows, N, tags] logits each; 1 where there are no words."""
-        pairs = zip(self.predicted(predictions), self.predicted(reference), strict=True)
-        same = [one == other for ours, theirs in pairs for one, other in zip(ours, theirs, strict=True)]
-        return float(np.mean(same)) if same else 1.0
-
-
-def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """The type, the first word and the word after the last of each entity."""
-    return [(kind, first, last + 1) for kind, first, last in get_entities(list(tags))]
-
-
 @dataclass(frozen=True)
 class TaggingTask:
     """A task that gives every word a BIO tag, by the logits of its first token.
 
     Attributes:
         names: the tags in the order of a model's outputs, O among them.
+        windows: None cuts long rows. A number reads them whole, in windows of whole words that share at most this many tokens
+            with the next (True: 64): `encode` then gives `EncodedLongTags`, a row a window.
 
     Raises:
-        OptionError: names that are not BIO, twice there, or without O or any type.
+        OptionError: names that are not BIO, twice there, or without O or any type; or windows that are no whole number.
     """
 
     names: tuple[str, ...]
+    windows: int | None = None
 
     def __post_init__(self) -> None:
+        if self.windows is True:
+            object.__setattr__(self, "windows", STRIDE)
+        if self.windows is not None and (not is_whole(self.windows) or self.windows < 0):
+            raise OptionError(f"Windows share a whole number of tokens, 0 or more, not {self.windows!r}.")
         for name in self.names:
             if not BIO.fullmatch(name):
                 raise OptionError(f"'{name}' is no BIO tag: these are O, and B- or I- with a type.")
@@ -201,7 +95,8 @@ class TaggingTask:
         Raises:
             DataError: there are no rows or a column is missing; or, named by its row (from 1), tokens are no texts, a tag is
                 not BIO or of an unknown type, or there are not as many tags as tokens.
-            OptionError: the tokenizer is slow, or `max_length` has no room for a token beside the special ones.
+            OptionError: the tokenizer is slow, `max_length` has no room for a token beside the special ones, or windows
+                that share so many tokens would never get on.
         """
         if not tokenizer.is_fast:
             raise OptionError(
@@ -213,31 +108,63 @@ class TaggingTask:
         words = words_of(rows)
         given = tags_of(rows, words) if require_tags or has_tags(rows) else None
         tags = None if given is None else [repaired(row) for row in given]
+        numbers = None if tags is None else [self._numbers(row, number) for number, row in enumerate(tags, start=1)]
+        windows = None if self.windows is None else self._cut(words, tokenizer, limit)
+        shown = words if windows is None else windows.parts(words)
         batch = _Batch(limit)
-        for start in range(0, len(words), _BATCH):
-            batch.add(tokenizer, words[start : start + _BATCH])
-        if tags is not None:
-            batch.label([self._numbers(row, number) for number, row in enumerate(tags, start=1)])
-        kept = [i for i, row in enumerate(batch.firsts) if not training or any(place >= 0 for place in row)]
+        for start in range(0, len(shown), _BATCH):
+            batch.add(tokenizer, shown[start : start + _BATCH])
+        if numbers is not None:
+            batch.label(numbers if windows is None else windows.parts(numbers))
+        firsts = batch.firsts if windows is None else windows.joined(batch.firsts)
+        owners = list(range(len(words))) if windows is None else windows.owners
+        kept = {row for row, places in enumerate(firsts) if not training or any(place >= 0 for place in places)}
         if not kept:
             raise DataError("There is no row with a word to learn from.")
-        made = batch.rows()
-        return EncodedTags(
-            rows=made if len(kept) == len(made) else made.select(kept),
-            max_length=limit,
-            truncated=batch.truncated,
-            empty=sum(not words[i] for i in kept),
-            names=self.names,
-            words=[words[i] for i in kept],
-            firsts=[batch.firsts[i] for i in kept],
-            tags=None if tags is None else [tags[i] for i in kept],
-            lost=batch.lost,
-            silent=batch.silent,
-            begun=sum(
-                a != b for old, new in zip(given or (), tags or (), strict=True) for a, b in zip(old, new, strict=True)
-            ),
-            left_out=len(made) - len(kept),
+        about: dict[str, Any] = {
+            "rows": batch.rows(),
+            "max_length": limit,
+            "truncated": batch.truncated,
+            "empty": sum(not words[row] for row in kept),
+            "names": self.names,
+            "words": words,
+            "firsts": firsts,
+            "tags": tags,
+            "lost": batch.lost,
+            "silent": batch.silent if windows is None else sum(not size for of in windows.sizes for size in of),
+            "begun": 0 if given is None or tags is None else _differing(given, tags),
+            "left_out": len(words) - len(kept),
+        }
+        encoded = (
+            EncodedTags(**about) if windows is None else EncodedLongTags(**about, owners=owners, homes=windows.homes())
         )
+        if len(kept) == len(words):
+            return encoded
+        return encoded.select([number for number, row in enumerate(owners) if row in kept])
+
+    def readings(
+        self, words: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+    ) -> list[Reading]:
+        """Every row that `encode` makes of `words`, with its text. Arguments and errors as there."""
+        shown = words
+        if self.windows is not None:
+            shown = self._cut(words, tokenizer, length_limit(tokenizer, max_length)).parts(words)
+        return [Reading.of_words(row, tokenizer, max_length) for row in shown]
+
+    def _cut(self, words: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, limit: int) -> WordWindows:
+        assert self.windows is not None
+        room = limit - tokenizer.num_special_tokens_to_add()
+        if self.windows >= room:
+            raise OptionError(
+                f"A window of {limit} tokens has room for {room} of the words, so neighbouring ones share 0 to {room - 1} "
+                f"of them, not {self.windows}."
+            )
+        sizes = []
+        for start in range(0, len(words), _BATCH):
+            batch = [list(row) for row in words[start : start + _BATCH]]
+            found = _tokens(tokenizer, batch)
+            sizes += [_sizes(found.word_ids(i), len(row)) for i, row in enumerate(batch)]
+        return WordWindows.over(sizes, room, self.windows)
 
     def _numbers(self, tags: Sequence[str], row: int) -> list[int]:
         known = {name: number for number, name in enumerate(self.names)}
@@ -321,6 +248,16 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, words: list[list[str]], **option
     )
 
 
+def _differing(one: Sequence[Sequence[str]], other: Sequence[Sequence[str]]) -> int:
+    return sum(a != b for left, right in zip(one, other, strict=True) for a, b in zip(left, right, strict=True))
+
+
+def _sizes(word_ids: Sequence[int | None], count: int) -> list[int]:
+    """Of each of `count` words how many tokens it is."""
+    found = Counter(word_ids)
+    return [found[word] for word in range(count)]
+
+
 def _firsts(word_ids: Sequence[int | None], count: int) -> list[int]:
     """Of each of `count` words the place of its first token, -1 for one without."""
     places = [-1] * count
@@ -330,21 +267,13 @@ def _firsts(word_ids: Sequence[int | None], count: int) -> list[int]:
     return places
 
 
-def _scores(values: dict[str, Any]) -> dict[str, float]:
-    names = {"f1": "f1-score", "precision": "precision", "recall": "recall"}
-    return {name: float(values.get(theirs, 0.0)) for name, theirs in names.items()}
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _were(number: int) -> str:
-    return "was" if number == 1 else "were"
-
-
-def _get(number: int) -> str:
-    return "gets" if number == 1 else "get"
-
-
-__all__ = ["METRICS", "EncodedTags", "TaggingTask", "canonical", "entities", "read_words_apart", "repaired"]
+__all__ = [
+    "METRICS",
+    "EncodedLongTags",
+    "EncodedTags",
+    "TaggingTask",
+    "canonical",
+    "entities",
+    "read_words_apart",
+    "repaired",
+]
