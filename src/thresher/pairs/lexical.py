@@ -43,7 +43,9 @@ class Lexical(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return RATE * self.slow_weight
+        # Its gradient counts little: clipped by their common norm, all others would else be cut down to next to nothing.
+        little = self.slow_weight / RATE
+        return little + (RATE * self.slow_weight - little).detach()
 
     def count(self, candidates: Iterable[Sequence[int]]) -> None:
         """Take idf and the average length from token ids of texts, the same text counted once."""
