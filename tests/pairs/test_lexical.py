@@ -74,6 +74,17 @@ def test_terms_are_the_strongest_sorted_and_compact() -> None:
     assert row.dtype is torch.int32 and made.terms([[]]).tolist() == [[0, 0, 0]]
 
 
+def test_the_weight_takes_no_room_in_the_norm_that_gradients_are_clipped_to() -> None:
+    """Else all other gradients would be cut to next to nothing; the weight itself is that of the score, to the bit."""
+    made = loud("mixencoder")
+    assert made.lexical is not None and torch.equal(made.lexical.weight, 100.0 * made.lexical.slow_weight)
+    scores = made.compare_each(made.ask(made.query_rows([QUERY])[0]), [made.offer(made.candidate_rows(TEXTS)[0])])[0]
+    (-(scores / 0.05).log_softmax(0)[0]).backward()
+    norms = {name: p.grad.norm() for name, p in made.named_parameters() if p.grad is not None}
+    own = norms.pop("lexical.slow_weight")
+    assert 0.0 < own < 0.1 * torch.stack(list(norms.values())).norm()
+
+
 @pytest.mark.parametrize("kind", CACHED)
 def test_nothing_changes_before_training(kind: str) -> None:
     plain, made = scorer(kind), scorer(kind, lexical=8)

@@ -45,7 +45,7 @@ class Lexical(nn.Module):
     def weight(self) -> Tensor:
         # Its gradient counts little: clipped by their common norm, all others would else be cut down to next to nothing.
         little = self.slow_weight / RATE
-        return little + (RATE * self.slow_weight - little).detach()
+        return RATE * self.slow_weight.detach() + (little - little.detach())
 
     def count(self, candidates: Iterable[Sequence[int]]) -> None:
         """Take idf and the average length from token ids of texts, the same text counted once."""
