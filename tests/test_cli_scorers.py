@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from commands import call, fails, ok, write_rows
 from helpers import make, tokenizer
@@ -76,6 +77,43 @@ def test_fit_save_evaluate_and_index(place: Path, tmp_path: Path) -> None:
 def test_help_has_an_example_and_json() -> None:
     text = call("fit-scorer", "--help").stdout
     assert "thresher fit-scorer minilm" in text and "--json" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "following"),
+    [
+        ("poly", (), "thresher index FILE --model"),
+        ("cross", (), "thresher evaluate"),
+        ("mixencoder", ("--set", "classes=2"), None),
+    ],
+)
+def test_the_seed_is_that_of_new_weights_and_the_next_step_can_be_taken(
+    place: Path, tmp_path: Path, kind: str, settings: tuple[str, ...], following: str | None
+) -> None:
+    rows = write_rows(
+        tmp_path / "pairs.jsonl", [{"sentence1": f"w{9 + i}", "sentence2": "w8", "label": i % 2} for i in range(8)]
+    )
+    data = rows if settings else place / "rows.jsonl"
+    limits = (
+        *LIMITS,
+        *settings,
+        "--scorer",
+        kind,
+        "--learning-rate",
+        1e-12,
+        "--device",
+        "cpu",
+        "--precision",
+        "float32",
+    )
+    found = []
+    for number in range(2):
+        torch.rand(number)  # whatever ran before
+        said = call("fit-scorer", place / "encoder", data, "--out", tmp_path / str(number), *limits)
+        assert said.exit_code == 0, said.stderr
+        found.append(load(tmp_path / str(number)).state_dict())
+        assert ("Next:" in said.stdout) == (following is not None) and (following or "Saved to") in said.stdout
+    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-6) for name in found[0])
 
 
 def test_fit_errors(place: Path, tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ def names_a_place(name: str) -> bool:
 
 
 def _reason(directory: Path, error: Exception) -> str:
+    if not (directory / "config.json").is_file():
+        return "it has no config.json; copy the whole directory"
     if MISFIT in str(error):
         return "config.json names other sizes than the weights have"
     if not _is_object(directory / "config.json"):

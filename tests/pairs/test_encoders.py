@@ -102,6 +102,54 @@ def test_the_policy_of_a_fitted_model_is_kept(tmp_path: Path) -> None:
     assert thresher.policy_of(other.encoder).config == thresher.AttentionMass()
 
 
+@pytest.mark.parametrize("policy", [None, thresher.AttentionMass(retention=(0.8, 0.7, 0.6))])
+def test_a_cross_encoder_keeps_the_exit_of_a_fitted_model(tmp_path: Path, policy: Any) -> None:
+    model = thresher.attach(
+        build(config_of("bert", 3, num_labels=2), "sequence"), policy, exit=thresher.FastBERT()
+    ).eval()
+    with torch.no_grad():
+        for parameter in thresher.exit_of(model).parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    thresher.set_exit(model, threshold=0.9)
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    made = SCORERS["cross"].from_encoder(tmp_path, classes=2)
+    pairs = [("w20 w21", "w30"), ("w9", "w10 w11 w12"), ("w9", "w40")]
+    asked = tokenizer()([a for a, _ in pairs], [b for _, b in pairs], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**asked).logits
+        whole = model.eval()
+    torch.testing.assert_close(torch.from_numpy(made.predict(pairs)), logits, rtol=1e-4, atol=1e-5)
+    thresher.set_exit(whole, strength=0.0)
+    with torch.no_grad():
+        assert (whole(**asked).logits - logits).abs().max() > 1e-3
+    made.save(tmp_path / "saved")
+    torch.testing.assert_close(load(tmp_path / "saved").predict(pairs), made.predict(pairs))
+    for kind, settings in (("dual", {}), ("cross", {"classes": 3})):
+        with pytest.warns(UserWarning, match="exit .* is left out: it looks at what the model's head says"):
+            SCORERS[kind].from_encoder(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "cross"])
+def test_a_model_with_a_head_is_no_encoder(kind: str) -> None:
+    with pytest.raises(OptionError, match="an encoder without a head, and this is a BertForSequenceClassification"):
+        SCORERS[kind](make("bert", "sequence"), tokenizer(), SCORERS[kind].config_class(max_query=20, max_candidate=20))
+
+
+def test_a_setting_that_a_scorer_does_not_have_is_said(encoder: Path) -> None:
+    for config in (None, SCORERS["mixencoder"].config_class(max_query=20, max_candidate=20)):
+        with pytest.raises(OptionError, match="scorer 'mixencoder' has no setting 'kk'.*did you mean 'k'"):
+            SCORERS["mixencoder"].from_encoder(encoder, config, kk=3)
+
+
+def test_a_directory_without_config_says_so(encoder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "encoder"
+    shutil.copytree(encoder, place)
+    (place / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="it has no config.json; copy the whole directory"):
+        SCORERS["dual"].from_encoder(place)
+
+
 def test_a_damaged_policy_is_said(tmp_path: Path) -> None:
     fitted(tmp_path)
     weights = tmp_path / "thresher.safetensors"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pairs.scoring import KINDS, scorer, toy
+from pairs.scoring import KINDS, QUERY, scorer, toy
 from thresher.errors import DataError, OptionError
 from thresher.pairs import Index
 from thresher.pairs.evaluation import _of_ranks, _ranks, evaluate, evaluate_corpus
@@ -77,6 +77,13 @@ def test_a_corpus_is_one_set_of_candidates_for_all(kind: str, tmp_path: Path) ->
         with Index.create(made, tmp_path, dtype="float32") as index:
             index.add([(str(i), text) for i, text in enumerate(WORDS)], batch=5)
             assert evaluate_corpus(made, rows, index, cutoffs=(1, 5)) == found
+
+
+def test_candidates_of_another_scorer_are_refused() -> None:
+    rows = datasets.Dataset.from_list([{"query": QUERY, "relevant": ["0"]}])
+    other = scorer("dual").encode_candidates(["w5", "w6"])
+    with pytest.raises(DataError, match="The cache was made by dual"):
+        evaluate_corpus(scorer("mixencoder"), rows, other)
 
 
 def test_what_cannot_be_ranked() -> None:

@@ -262,10 +262,60 @@ def test_a_handle_that_another_writer_has_left_behind_adds_what_is_missing(dual:
         assert sorted(now.store.ids()) == ["a", "b", "z"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_that_changed_are_replaced_and_others_go(kind: str, tmp_path: Path) -> None:
+    made = scorer(kind, lexical=4)
+    changed = [(ROWS[3][0], "w7 w8 w9"), (ROWS[20][0], "w40"), (ROWS[0][0], "")]
+    with Index.create(made, tmp_path / "one", dtype="float32") as index:
+        index.add(ROWS, batch=BATCH)
+        index.update(iter(changed))
+        index.delete([ROWS[5][0], ROWS[6][0]])
+        index.update([])
+        assert len(index) == COUNT - 2
+        found = index.rank(QUERY, None)
+        for bad, says in (
+            ([*changed, ("nobody", "w5")], "'nobody' is not in"),
+            ([*changed, changed[0]], "is given twice"),
+            ([("c01", 7)], "is expected, not 7"),
+        ):
+            with pytest.raises((DataError, StoreError), match=says):
+                index.update(bad)  # type: ignore[arg-type]
+        with pytest.raises(StoreError, match="'nobody' is not in"):
+            index.delete(["c01", "nobody"])
+        assert index.rank(QUERY, None) == found
+    rows = {name: text for name, text in [*ROWS, *changed] if name not in (ROWS[5][0], ROWS[6][0])}
+    expected = made.rank(QUERY, made.encode_candidates(list(rows.values()), list(rows)))
+    assert dict(found) == pytest.approx(dict(expected), rel=1e-5, abs=1e-5)
+
+
+def test_what_is_no_collection_of_candidates(dual: Any, tmp_path: Path) -> None:
+    with Index.create(dual, tmp_path) as index:
+        for wrong in (None, "text", 7):
+            for change in (index.add, index.update):
+                with pytest.raises(DataError, match="are ids with their texts, not"):
+                    change(wrong)
+
+
+def test_a_flipped_bit_is_not_ranked(dual: Any, tmp_path: Path) -> None:
+    with Index.create(dual, tmp_path) as index:
+        index.add(ROWS)
+    (file,) = tmp_path.glob("segment-*")
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    for ask in (lambda index: index.rank(QUERY), lambda index: index.score(QUERY)):
+        with pytest.raises(StoreError, match=f"{file.name} .*checksum differs"):
+            ask(Index.open(dual, tmp_path))
+
+
 def test_weights_that_are_no_numbers_give_no_ranking() -> None:
     made = scorer("dual")
     with torch.no_grad():
         next(iter(made.encoder.parameters())).fill_(torch.nan)
-    for ask in (lambda: made.rank(QUERY, ["w5", "w6"]), lambda: made.predict([("w5", "w6")])):
+    for ask in (
+        lambda: made.rank(QUERY, ["w5", "w6"]),
+        lambda: made.predict([("w5", "w6")]),
+        lambda: made.score(QUERY, ["w5", "w6"]),
+    ):
         with pytest.raises(DataError, match="is no number"):
             ask()

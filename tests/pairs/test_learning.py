@@ -240,6 +240,14 @@ def test_distillation(kind: str) -> None:
     assert all(p.grad is None for p in teacher.parameters())
 
 
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "cross"])
+def test_a_scorer_that_reads_less_is_distilled(kind: str) -> None:
+    teacher, made, rows = scorer("cross", seed=5), scorer(kind), toy(3, candidates=3)
+    thresher.attach(made.encoder, thresher.AttentionMass(retention=(0.6, 0.5, 0.4)))
+    found = step(made, rows, PairLoss(label_weight=0.0, distil_weight=1.0), teacher)
+    assert found > 0 and found.isfinite()
+
+
 def test_distilled_scores_written_out() -> None:
     teacher, made, rows = scorer("cross", seed=5), scorer("dual"), toy(2, candidates=3)
     wanted = []

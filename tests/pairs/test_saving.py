@@ -53,6 +53,32 @@ def test_round_trip(kind: str, family: str, tmp_path: Path) -> None:
     assert transformers.AutoTokenizer.from_pretrained(tmp_path).get_vocab() == made.tokenizer.get_vocab()
 
 
+def test_without_its_tokenizer_or_with_another_encoder_it_does_not_load(saved: Path, tmp_path: Path) -> None:
+    for name, says in (("tokenizer.json", "tokenizer in .* knows"), ("config.json", "no config.json")):
+        place = tmp_path / name
+        shutil.copytree(saved, place)
+        (place / name).unlink()
+        with pytest.raises(CheckpointError, match=says):
+            load(place)
+    content = bytearray((saved / "model.safetensors").read_bytes())
+    content[-40] ^= 1
+    (saved / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not the file that scorer\.json was written with"):
+        load(saved)
+
+
+def test_what_was_saved_without_these_checks_loads(saved: Path) -> None:
+    settings = json.loads((saved / SETTINGS).read_text())
+    del settings["encoder_sha256"], settings["tokens"]
+    (saved / SETTINGS).write_text(json.dumps(settings))
+    assert load(saved).encode_candidates(TEXTS).data.isfinite().all()
+
+
+def test_what_is_no_directory_at_all() -> None:
+    with pytest.raises(CheckpointError, match="loaded from the directory that it was saved to, not from None"):
+        load(None)
+
+
 def test_the_policy_comes_along(tmp_path: Path) -> None:
     model = thresher.attach(build(config_of("bert"), "base"), thresher.AttentionMass(retention=(0.6, 0.5, 0.4)))
     made = type(scorer("dual"))(model, tokenizer(), scorer("dual").config).eval()

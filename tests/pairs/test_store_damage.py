@@ -13,7 +13,7 @@ import pytest
 
 from pairs.storing import SETTINGS, filled, names, one_sentence
 from thresher.errors import StoreError
-from thresher.pairs.store import CandidateStore
+from thresher.pairs.store import CandidateStore, view
 from thresher.pairs.store import manifest as manifests
 
 
@@ -118,13 +118,14 @@ def test_a_flipped_bit_is_found_and_breaks_nothing_else(tmp_path: Path, ragged: 
             assert path.name in one_sentence(error)
             for use in (
                 lambda s: s.read(names(20, 5)[:15]),
-                lambda s: [list(part.ids) for part in s.chunks(7)],
                 lambda s: list(s.chunks(3, ids=["c7", "c8"])),
                 lambda s: list(s.ids()),
                 lambda s: s.contains(names(20)),
             ):
                 with contextlib.suppress(StoreError):
                     use(store)
+            with pytest.raises(StoreError, match=f"{path.name} .*checksum differs"):
+                list(store.chunks(7))
             with pytest.raises(StoreError, match="checksum differs"):
                 store.compact()  # which would give what is damaged a good checksum
             store.close()
@@ -132,6 +133,24 @@ def test_a_flipped_bit_is_found_and_breaks_nothing_else(tmp_path: Path, ragged: 
     with CandidateStore.open(tmp_path) as store:
         store.verify()
         store.compact()
+
+
+def test_checksums_are_compared_once_for_every_file(store: CandidateStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    before = view.checked
+
+    def watched(directory: Path, entry: Any, mapping: Any) -> None:
+        seen.append(entry.name)
+        before(directory, entry, mapping)
+
+    monkeypatch.setattr(view, "checked", watched)
+    files = {path.name for path in store.directory.glob("*-*")}
+    for _ in range(2):
+        list(store.chunks(7))
+        assert sorted(seen) == sorted(files)
+    store.refresh()
+    list(store.chunks(7))
+    assert sorted(seen) == sorted(files)
 
 
 def test_a_damaged_list_of_dead_rows_gets_no_fresh_checksum(store: CandidateStore) -> None:

@@ -124,6 +124,8 @@ def fit_scorer(
     columns = assignments(column, "--column")
     place = place_of(device)
 
+    from transformers import set_seed
+
     from thresher.cli.checkpoints import find
     from thresher.cli.data import numbered_as_read, read_rows
     from thresher.pairs.evaluation import evaluate, rankable
@@ -138,6 +140,7 @@ def fit_scorer(
         raise OptionError("--teacher teaches nothing without a weight; add --loss distil_weight=1, or leave it out.")
     rows = map_columns(read_rows(data, split="train", limit=limit, seed=seed), columns)
     checked = None if validation is None else map_columns(read_rows(validation, split="validation"), columns)
+    set_seed(seed)  # for weights that are new
     new = kind.from_encoder(find(model), policy=policy, **made)
     held_out = None if checked is None else rankable(new, checked)
     directory_to_write(out)
@@ -156,7 +159,9 @@ def fit_scorer(
             found = evaluate(new.to(place), held_out, on_done=done)
         about |= _about(found)
         shown.append(_ranking(f"{scorer} on {validation}", found))
-    return Result(about, [*shown, f"Saved to {out}.", f"Next: thresher index FILE --model {out} --store STORE"])
+    kept = not new.joint and new.config.classes <= 1
+    following = f"thresher index FILE --model {out} --store STORE" if kept else f"thresher evaluate {out} DATA"
+    return Result(about, [*shown, f"Saved to {out}.", *([f"Next: {following}"] if new.config.classes <= 1 else [])])
 
 
 def _trained(

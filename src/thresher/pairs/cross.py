@@ -14,8 +14,8 @@ from thresher.backbones.opened import open_layers
 from thresher.errors import OptionError
 from thresher.pairs.cache import Block
 from thresher.pairs.heads import JointHead
-from thresher.pairs.reading import Reading, longest, read, watch
-from thresher.pairs.scorer import LEAST, LIMITS, Query, Scorer, ScorerConfig, by_length
+from thresher.pairs.reading import Reading, by_length, longest, read, watch
+from thresher.pairs.scorer import LEAST, LIMITS, Query, Scorer, ScorerConfig
 from thresher.pairs.texts import pair
 
 TOKENS = 4096
@@ -34,7 +34,8 @@ class CrossConfig(ScorerConfig):
 
 
 class CrossEncoder(Scorer[CrossConfig]):
-    """Keeps token ids [n_i, 1] of a candidate and [n] of a query. A policy on the encoder reduces the pairs.
+    """Keeps token ids [n_i, 1] of a candidate and [n] of a query. A policy on the encoder reduces the pairs, and an early exit
+    that the model was fitted with lets pairs leave.
 
     encoder: without a head, on which a new one is put; or a trained model for sequence classification with as many logits as
         the config has classes (one for 0).

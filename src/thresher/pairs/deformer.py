@@ -108,14 +108,16 @@ class DeFormer(Scorer[DeFormerConfig]):
         return found
 
     def imitation(self, teacher: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor | None:
-        """Mean squared difference of the upper layers' states (section 3.3); needs a cross-encoder of the same shape.
+        """Mean squared difference of the upper layers' states (section 3.3), neither side dropping anything; needs a
+        cross-encoder of the same shape.
 
         Raises OptionError where the teacher is another one.
         """
         reference = teacher.layer_states(pairs, range(self.lower + 1, len(self.layers) + 1), like=self.encoder)
         before, between = self.query_room()
         second, after = self.candidate_room()
-        queries = self.query_states([[*before, *query, *between] for query, _ in pairs])
+        sides = self._lower([[*before, *query, *between] for query, _ in pairs], kind=0, reduced=False)
+        queries = [(states,) for states in sides.rows()]
         block = self.candidate_states([[*second, *candidate, *after] for _, candidate in pairs])
         upper = self.upper(queries, [block.select([number]) for number in range(len(queries))])
         losses = [

@@ -19,7 +19,7 @@ from thresher import checkpoint
 from thresher.errors import OptionError
 from thresher.foreign import loaded
 from thresher.methods import CONFIGS, build
-from thresher.model import attach, policy_of
+from thresher.model import attach, exit_of, policy_of
 from thresher.policy import Policy, PolicyConfig
 
 # Parts of the names of settings that say how an encoder was saved, or what heads and training take.
@@ -32,14 +32,15 @@ def open_encoder(
     """The attached encoder in a directory (or of a hub name), in eval mode, and its tokenizer.
 
     logits: where `source` is a model for sequence classification with so many, it keeps its head; None: never.
-    policy: one that needs no training. None: the one that `source` was saved with, as it was trained, if there is one.
+    policy: one that needs no training. None: what `source` was saved with, as it was trained: its policy, and beside a head
+        that is kept its early exit.
     Raises CheckpointError where nothing can be loaded from `source`, OptionError for a policy that knows nothing before it is
     trained, or does not fit the encoder.
     """
     kind = AutoModelForSequenceClassification if logits and _has_head(opened(AutoConfig, source), logits) else AutoModel
     encoder, tokenizer = opened(kind, source).eval(), opened(AutoTokenizer, source)
     if policy is None:
-        _attach_saved(encoder, Path(source).expanduser())
+        _attach_saved(encoder, Path(source).expanduser(), headed=kind is not AutoModel)
     else:
         attach(encoder, policy)
         _refuse_untrained(policy_of(encoder))
@@ -62,18 +63,25 @@ def opened(kind: Any, source: Any) -> Any:
     return loaded(lambda: kind.from_pretrained(source), source, "an encoder with its tokenizer")
 
 
-def _attach_saved(encoder: PreTrainedModel, path: Path) -> None:
+def _attach_saved(encoder: PreTrainedModel, path: Path, *, headed: bool) -> None:
     saved = checkpoint.read(path) if (path / checkpoint.SETTINGS).is_file() else None
-    if saved is not None and saved.exit is not None:
-        warnings.warn(f"The early exit that {path} was saved with is left out: a scorer has none.", stacklevel=4)
-    if saved is None or saved.config is None:
+    if saved is None:
         attach(encoder)
         return
+    if saved.exit is not None and not headed:
+        warnings.warn(
+            f"The early exit that {path} was saved with is left out: it looks at what the model's head says, and this scorer "
+            "reads the encoder without that head.",
+            stacklevel=4,
+        )
     try:
-        attach(encoder, saved.config)
+        attach(encoder, saved.config, exit=saved.exit if headed else None)
     except OptionError as error:
         raise checkpoint.mismatch(path, error) from error
-    saved.load_policy(policy_of(encoder))
+    if saved.config is not None:
+        saved.load_policy(policy_of(encoder))
+    if saved.exit is not None and headed:
+        saved.load_exit(exit_of(encoder))
 
 
 def _refuse_untrained(policy: Policy[Any]) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 from thresher.errors import DataError, OptionError
 from thresher.pairs.cache import Cache, Id
 from thresher.pairs.keeping import CUT, Index
-from thresher.pairs.scorer import NO_NUMBER, TOKENS, Asked, Scorer, by_length
+from thresher.pairs.reading import by_length
+from thresher.pairs.scorer import NO_NUMBER, TOKENS, Asked, Scorer
 from thresher.pairs.texts import check_row
 from thresher.tasks.given import as_rows
 from thresher.tasks.pairs import Pairs, pairs
@@ -101,9 +102,12 @@ def evaluate_corpus(
     rows: the columns query (a text or a dialogue) and relevant (the ids of the right candidates, compared as texts); those
     without one are left out. candidates: encoded by this scorer. Memory is that of 64 queries' scores and of a chunk.
     A right candidate ranks after the wrong ones of the same score. The rest as in `evaluate`.
-    Raises DataError for other columns, an id that is not in the corpus, or no right candidate at all.
+    Raises DataError for other columns, an id that is not in the corpus, no right candidate at all, or a cache of another
+    scorer.
     """
     rows = as_rows(rows)
+    if isinstance(candidates, Cache):
+        scorer.check_cache(candidates)
     names = candidates.ids if isinstance(candidates, Cache) else tuple(candidates.store.ids())
     right = relevant_places(scorer, rows, names)
     judged = [number for number, found in enumerate(right) if found]

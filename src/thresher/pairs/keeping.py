@@ -16,7 +16,7 @@ from torch import Tensor
 
 from thresher.errors import DataError, OptionError, StoreError
 from thresher.pairs import store as stores
-from thresher.pairs.cache import Block, check_count, check_ids
+from thresher.pairs.cache import Block, Cache, check_count, check_ids
 from thresher.pairs.scorer import NO_NUMBER, TOKENS, Scorer
 from thresher.pairs.store import Candidates
 from thresher.pairs.store.base import PresentError
@@ -123,7 +123,7 @@ class Index:
         self.store.hold()  # another writer may have been here since this handle was opened
         seen: set[str] = set()
         new = there = cut = 0
-        rest = iter(candidates)
+        rest = _iterated(candidates)
         while given := list(islice(rest, batch)):
             check_new(given, seen)
             missing = [
@@ -137,14 +137,43 @@ class Index:
         added.warn()
         return added
 
+    def update(self, candidates: Iterable[tuple[str, Text]], *, batch_tokens: int = TOKENS) -> None:
+        """Encode (id, text) candidates that are there anew, and replace what is kept of them: all in one commit.
+
+        Warns of candidates that were cut. Raises DataError as `add`, StoreError as `CandidateStore.update` does; then nothing
+        has changed.
+        """
+        given = list(_iterated(candidates))
+        check_new(given, set())
+        if not given:
+            return
+        cache = self._encoded(given, batch_tokens)
+        names, vectors, options = self._columns([name for name, _ in given], *_arrays(cache))
+        self.store.update(names, vectors, **options)
+        Added(len(given), 0, cache.cut).warn()
+
+    def delete(self, ids: Iterable[str]) -> None:
+        """Take candidates away, all in one commit. Raises StoreError, and changes nothing, for an id that is not there."""
+        self.store.delete(ids)
+
     def _keep(self, candidates: Sequence[tuple[str, Text]], batch_tokens: int) -> tuple[int, int]:
         """Encode and commit; how many were added, and how many cut."""
-        names, texts = [name for name, _ in candidates], [text for _, text in candidates]
+        cache = self._encoded(candidates, batch_tokens)
+        return self.put([name for name, _ in candidates], *_arrays(cache)), cache.cut
+
+    def _encoded(self, candidates: Sequence[tuple[str, Text]], batch_tokens: int) -> Cache:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=f".*{CUT}")  # counted, and said once for all batches
-            cache = self.scorer.encode_candidates(texts, batch_tokens=batch_tokens)
-        terms = None if cache.terms is None else cache.terms.numpy()
-        return self.put(names, cache.data.numpy(), cache.lengths.numpy(), terms), cache.cut
+            return self.scorer.encode_candidates([text for _, text in candidates], batch_tokens=batch_tokens)
+
+    def _columns(
+        self, names: Sequence[str], data: np.ndarray, lengths: np.ndarray, terms: np.ndarray | None
+    ) -> tuple[Sequence[str], np.ndarray, dict[str, Any]]:
+        """What the store's `add` and `update` take: ids, vectors, and the rest by name."""
+        options: dict[str, Any] = {} if terms is None else {"extras": {TERMS: terms}}
+        if self.store.schema.ragged:
+            return names, data, {**options, "lengths": lengths}
+        return names, data.reshape(len(names), -1, data.shape[-1]), options
 
     def put(self, names: Sequence[str], data: np.ndarray, lengths: np.ndarray, terms: np.ndarray | None) -> int:
         """Commit candidates that this scorer encoded, wherever that was: data [T, d] float32, lengths [N], terms [N, M].
@@ -153,12 +182,9 @@ class Index:
 
         Raises StoreError as `CandidateStore.add` does.
         """
-        extras = None if terms is None else {TERMS: terms}
+        ids, vectors, options = self._columns(names, data, lengths, terms)
         try:
-            if self.store.schema.ragged:
-                self.store.add(names, data, lengths=lengths, extras=extras)
-            else:
-                self.store.add(names, data.reshape(len(names), -1, data.shape[-1]), extras=extras)
+            self.store.add(ids, vectors, **options)
         except PresentError as error:
             left = np.array([name not in error.names for name in names])
             if not left.any():
@@ -230,6 +256,18 @@ def _check_terms(directory: str | Path) -> None:
                 f"{directory} was built without the terms that this scorer compares (lexical); index the candidates again "
                 "with it, or take the scorer that the store was built with."
             )
+
+
+def _arrays(cache: Cache) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """data, lengths and terms."""
+    return cache.data.numpy(), cache.lengths.numpy(), None if cache.terms is None else cache.terms.numpy()
+
+
+def _iterated(candidates: Any) -> Iterator[tuple[str, Text]]:
+    """Raises DataError for what is no collection of candidates."""
+    if isinstance(candidates, str | bytes) or not isinstance(candidates, Iterable):
+        raise DataError(f"Candidates that are kept are ids with their texts, not {candidates!r:.80}.")
+    return iter(candidates)
 
 
 def check_new(candidates: Sequence[tuple[str, Text]], seen: set[str]) -> None:

@@ -195,6 +195,19 @@ def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
 
 
+def by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Numbers 0..n-1 in batches of similar length, longest first, each of about `tokens` tokens with padding."""
+    made: list[list[int]] = []
+    room = 0
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not made or lengths[number] > room:
+            made.append([])
+            room = tokens
+        made[-1].append(number)
+        room -= lengths[number]
+    return made
+
+
 def longest(encoder: PreTrainedModel) -> int:
     """The most tokens that the encoder has positions for."""
     offset = getattr(getattr(encoder.base_model, "embeddings", None), "padding_idx", None)

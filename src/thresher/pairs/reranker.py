@@ -69,7 +69,8 @@ class Reranker:
         activation_fn: applied to the scores of all documents before they are sorted.
         """
         top_k = None if top_k is None else check_count(top_k, "Ranking gives")
-        if not len(documents):
+        documents = list(documents)
+        if not documents:
             return []
         found = self.scorer.rank(query, documents)
         if activation_fn is not None:

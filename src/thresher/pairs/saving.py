@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ FORMAT = 1
 SETTINGS = "scorer.json"
 WEIGHTS = "scorer.safetensors"
 ENCODER = "encoder."
+OTHERS = "encoder_sha256"  # of the encoder's files of weights, by name
+TOKENS = "tokens"  # that the tokenizer knows
 
 SCORERS: dict[str, type[Scorer[Any]]] = {
     scorer.config_class.kind: scorer
@@ -58,6 +61,8 @@ def save(scorer: Scorer[Any], directory: Any) -> None:
             "scorer": scorer.config.kind,
             "config": scorer.config.to_dict(),
             DIGEST: sha256(staging / WEIGHTS),
+            OTHERS: {file.name: sha256(file) for file in _of_encoder(staging)},
+            TOKENS: len(scorer.tokenizer),
         }
         (staging / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
@@ -73,12 +78,21 @@ def load(directory: Any, *, device: str | torch.device | None = None) -> Any:
 
     Raises CheckpointError, saying which file is missing, corrupted, of another version or holds weights that are no numbers.
     """
+    if not isinstance(directory, str | PathLike):
+        raise CheckpointError(
+            f"A scorer is loaded from the directory that it was saved to, not from {directory!r:.80}."
+        )
     path = Path(directory)
-    kind, config = _settings(path)
-    encoder = models.load(path)
+    settings = _settings(path)
+    encoder, tokenizer = models.load(path), opened(AutoTokenizer, path)
+    if settings[TOKENS] not in (None, len(tokenizer)):
+        raise CheckpointError(
+            f"The tokenizer in {path} knows {len(tokenizer)} tokens and the scorer was saved with one that knows "
+            f"{settings[TOKENS]}; copy the whole directory, tokenizer.json too."
+        )
     try:
-        scorer_type = scorer_class(kind)
-        scorer = scorer_type(encoder, opened(AutoTokenizer, path), scorer_type.config_class.from_dict(config))
+        scorer_type = scorer_class(settings["scorer"])
+        scorer = scorer_type(encoder, tokenizer, scorer_type.config_class.from_dict(settings["config"]))
         extra = safetensors.torch.load_file(path / WEIGHTS)
         missing, unexpected = scorer.load_state_dict(extra, strict=False)
         lacking = [name for name in missing if not name.startswith(ENCODER)]
@@ -91,7 +105,11 @@ def load(directory: Any, *, device: str | torch.device | None = None) -> Any:
     return scorer.eval() if device is None else scorer.eval().to(device)
 
 
-def _settings(path: Path) -> tuple[str, dict[str, Any]]:
+def _of_encoder(path: Path) -> list[Path]:
+    return sorted(file for file in path.glob("model*.safetensors"))
+
+
+def _settings(path: Path) -> dict[str, Any]:
     file = path / SETTINGS
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory; give the one that a scorer was saved to.")
@@ -99,9 +117,11 @@ def _settings(path: Path) -> tuple[str, dict[str, Any]]:
         raise CheckpointError(
             f"{path} has no {SETTINGS}, so no scorer was saved there; make a new one with from_encoder, or train one."
         )
-    settings = read_settings(file, {"scorer": str, "config": dict}, FORMAT, "scorer")
-    check_weights(path / WEIGHTS, file, settings[DIGEST], "scorer")
-    return settings["scorer"], settings["config"]
+    fields: dict[str, Any] = {"scorer": str, "config": dict, OTHERS: dict, TOKENS: (int, type(None))}
+    settings = read_settings(file, fields, FORMAT, "scorer", defaults={OTHERS: {}, TOKENS: None})
+    for name, digest in {WEIGHTS: settings[DIGEST], **settings[OTHERS]}.items():
+        check_weights(path / name, file, digest, "scorer")
+    return settings
 
 
 def _refuse_what_is_no_number(scorer: Scorer[Any], path: Path) -> None:

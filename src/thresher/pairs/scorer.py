@@ -20,7 +20,7 @@ from thresher.model import attach, evaluating, is_attached
 from thresher.pairs.cache import Block, Cache, Id, Storage, check_count
 from thresher.pairs.encoders import open_encoder, settings_of
 from thresher.pairs.lexical import Lexical
-from thresher.pairs.reading import longest
+from thresher.pairs.reading import by_length, longest
 from thresher.pairs.texts import Frame, Text, pairs_of, reads_as, tokens_of
 from thresher.policy import PolicyConfig
 from thresher.settings import Settings
@@ -28,7 +28,7 @@ from thresher.settings import Settings
 TOKENS = 4096  # read in one pass: enough to keep every core busy, few enough for the caches and for memory
 
 LIMITS = ("max_query", "max_candidate")
-NO_NUMBER = "A score is no number; are the scorer's weights whole?"
+NO_NUMBER = "A score is no number: the scorer's weights are not, or what it computes overflows; load or train it again."
 LEAST = 4  # tokens of either side, so that some are left beside the special ones
 
 Query = tuple[Tensor, ...]
@@ -100,6 +100,11 @@ class Scorer(nn.Module, Generic[ConfigT]):
     def __init__(self, encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ConfigT) -> None:
         """encoder: without a head; it is attached (packed, no policy) where it is not yet."""
         super().__init__()
+        if encoder.base_model is not encoder and not self.takes_heads:
+            raise OptionError(
+                f"The {config.called()} reads an encoder without a head, and this is a {type(encoder).__name__}; give its "
+                "base_model, or use from_encoder."
+            )
         most = longest(encoder)
         for name in LIMITS:
             if (wanted := getattr(config, name)) > most:
@@ -135,7 +140,8 @@ class Scorer(nn.Module, Generic[ConfigT]):
         classes = settings.get("classes", 0 if config is None else config.classes)
         encoder, tokenizer = open_encoder(source, policy, max(1, classes) if cls.takes_heads else None)
         limits = {} if config is not None else cls.limits(longest(encoder), settings)
-        made: Any = cls.config_class(**limits, **settings) if config is None else config.replace(**settings)
+        given = {} if config is None else config.to_dict()
+        made: Any = cls.config_class.from_dict({**given, **limits, **settings})
         return cls(encoder, tokenizer, made).eval()
 
     @classmethod
@@ -288,16 +294,26 @@ class Scorer(nn.Module, Generic[ConfigT]):
             warnings.warn(notice + ".", stacklevel=2)
         return cache
 
-    def score(self, query: Text, cache: Cache, *, chunk: int | None = None) -> Tensor:
-        """[N] float32 on the encoder's device, in the order of the cache; [N, C] logits where the config has classes > 1.
+    def score(self, query: Text, candidates: Cache | Sequence[Text], *, chunk: int | None = None) -> Tensor:
+        """[N] float32 on the encoder's device, in the order of the candidates; [N, C] logits where the config has classes > 1.
 
+        candidates: a cache, or texts.
         chunk: candidates matched at a time; memory grows with it, the scores depend on it by rounding only.
-        Warns of a query that was cut. Raises DataError for a cache of another scorer, OptionError for a chunk below 1.
+        Warns of a query that was cut. Raises DataError for a cache of another scorer and where a score is no number,
+        OptionError for a chunk below 1.
         """
+        cache = candidates if isinstance(candidates, Cache) else self.encode_candidates(candidates)
+        self.check_cache(cache)
+        size = self.chunk if chunk is None else check_count(chunk, "A chunk has")
+        found = self.score_blocks(query, cache.blocks(size, self.device))
+        if bool(found.isnan().any()):
+            raise DataError(NO_NUMBER)
+        return found
+
+    def check_cache(self, cache: Cache) -> None:
+        """Raises DataError for a cache of another scorer."""
         if cache.signature != self.signature:
             raise DataError(f"The cache was made by {cache.signature}, and this scorer is {self.signature}.")
-        size = self.chunk if chunk is None else check_count(chunk, "A chunk has")
-        return self.score_blocks(query, cache.blocks(size, self.device))
 
     def score_blocks(self, query: Text, blocks: Iterable[Block]) -> Tensor:
         """As `score`, of candidates that lie elsewhere (in a store): one block on the encoder's device after the other, so that
@@ -326,8 +342,6 @@ class Scorer(nn.Module, Generic[ConfigT]):
             raise OptionError(f"A scorer of {self.config.classes} classes does not rank; use score or predict.")
         cache = candidates if isinstance(candidates, Cache) else self.encode_candidates(candidates)
         scores = self.score(query, cache, chunk=chunk)
-        if bool(scores.isnan().any()):
-            raise DataError(NO_NUMBER)
         best = scores.argsort(descending=True, stable=True)[:k]
         return [(cache.ids[i], value) for i, value in zip(best.tolist(), scores[best].tolist(), strict=True)]
 
@@ -349,10 +363,7 @@ class Scorer(nn.Module, Generic[ConfigT]):
             scores = dict(zip(wanted, self.score(query, cache.select(wanted)).cpu(), strict=True))
             for i in asked:
                 out[i] = scores[places[candidates[i]]]
-        found = torch.stack([one for one in out if one is not None]).numpy()
-        if np.isnan(found).any():
-            raise DataError(NO_NUMBER)
-        return found
+        return torch.stack([one for one in out if one is not None]).numpy()
 
     def save(self, directory: Any) -> None:
         """Write everything that `thresher.pairs.load` reads; see `thresher.pairs.saving`."""
@@ -379,19 +390,6 @@ class Scorer(nn.Module, Generic[ConfigT]):
     def imitation(self, teacher: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor | None:
         """What distillation adds to the teacher's scores: a loss over (query row, candidate row) pairs; None for nothing."""
         return None
-
-
-def by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Numbers 0..n-1 in batches of similar length, longest first, each of about `tokens` tokens with padding."""
-    made: list[list[int]] = []
-    room = 0
-    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not made or lengths[number] > room:
-            made.append([])
-            room = tokens
-        made[-1].append(number)
-        room -= lengths[number]
-    return made
 
 
 def _key(text: Text) -> Any:

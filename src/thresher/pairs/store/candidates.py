@@ -96,7 +96,8 @@ class CandidateStore(BaseStore):
     ) -> CandidateStore:
         """The store in `directory`, at its last committed state; in milliseconds, whatever its size.
 
-        What is given besides must be what it was created with. The sizes of its files are checked, their content by `verify`.
+        What is given besides must be what it was created with. The sizes of its files are checked; their content when `chunks`
+        first reads all of it, or by `verify`.
         Raises StoreError.
         """
         view = load(Path(directory), {})
@@ -119,7 +120,7 @@ class CandidateStore(BaseStore):
         """See the last committed state from now on; whether it is another one than before."""
         with self._one_at_a_time:
             before = self._state
-            after = load(self.directory, before.maps)
+            after = load(self.directory, before.maps, before.sound)
             if after.schema != before.schema:
                 raise another_kind(self.directory)
             self._view = after
@@ -193,7 +194,8 @@ class CandidateStore(BaseStore):
 
         Memory is that of a chunk: what was read is let go when the next one is asked for. They come from the state that the
         handle sees now, even if it changes before the last one, in an order that lasts until the store is changed.
-        Raises StoreError, before the first chunk: an unknown id, or a size below 1.
+        Raises StoreError, before the first chunk: an unknown id, a size below 1, and without `ids` a file whose checksum
+        differs (compared once for every file).
         """
         check_size(size)
         view = self._state

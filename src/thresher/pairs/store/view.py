@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
@@ -85,11 +85,18 @@ def count_of(rows: Rows) -> int:
 class View:
     """Made by `load`."""
 
-    def __init__(self, directory: Path, manifest: Manifest, maps: Mapping[FileEntry, mmap.mmap]) -> None:
-        """Maps the files that `maps` does not hold yet. Raises StoreError."""
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        maps: Mapping[FileEntry, mmap.mmap],
+        sound: Collection[FileEntry] = (),
+    ) -> None:
+        """Maps the files that `maps` does not hold yet. sound: those whose checksums were compared. Raises StoreError."""
         self.directory = directory
         self.manifest = manifest
         self.maps = {entry: maps.get(entry) or mapped(directory, entry) for entry in manifest.files}
+        self.sound = set(sound) & set(self.maps)
         self.segments = []
         for entry in manifest.segments:
             dead = self.maps[entry.dead] if entry.dead else None
@@ -175,6 +182,8 @@ class View:
 
     def chunks(self, size: int, stored: bool) -> Iterator[Candidates]:
         before: list[Part] = []
+        for segment in self.segments:
+            self._vouch(segment)
         for parts in self.all_parts(size):
             _release(before)
             yield self._gather(parts, LazyIds(self, parts), stored)
@@ -192,6 +201,15 @@ class View:
     def verify(self) -> None:
         for entry, mapping in self.maps.items():
             checked(self.directory, entry, mapping)
+            self.sound.add(entry)
+
+    def _vouch(self, segment: Segment) -> None:
+        """Compare the checksums of a segment's files that were not compared before: who reads all of it pays for it once.
+        Raises StoreError."""
+        for entry in (segment.entry.file, segment.entry.dead):
+            if entry is not None and entry not in self.sound:
+                checked(self.directory, entry, self.maps[entry])
+                self.sound.add(entry)
 
     def _gather(self, parts: Sequence[Part], ids: Sequence[str], stored: bool) -> Candidates:
         arrays: dict[str, Array] = {}
@@ -246,13 +264,13 @@ def _release(parts: Sequence[Part]) -> None:
         segment.release()
 
 
-def load(directory: Path, maps: Mapping[FileEntry, mmap.mmap]) -> View:
-    """The last committed state. Raises StoreError."""
+def load(directory: Path, maps: Mapping[FileEntry, mmap.mmap], sound: Collection[FileEntry] = ()) -> View:
+    """The last committed state. maps, sound: of an earlier one. Raises StoreError."""
     before = None
     while True:
         manifest = manifests.read(directory)
         try:
-            return View(directory, manifest, maps)
+            return View(directory, manifest, maps, sound)
         except MissingFileError:
             # A writer may have committed a newer state since, and removed what only the older one named.
             if manifest == before:
