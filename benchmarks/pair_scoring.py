@@ -1,13 +1,12 @@
 """One query against many candidates: what each scorer learns in the same number of passes, and what it costs.
 
     python benchmarks/pair_scoring.py train ubuntu_irc --data-dir DIR --out RUNS/pairs --passes 20000
-    python benchmarks/pair_scoring.py order ubuntu_irc --out RUNS/pairs --passes 20000
     python benchmarks/pair_scoring.py speed ubuntu_irc --data-dir DIR --out RUNS/pairs
     python benchmarks/pair_scoring.py scaling --out RUNS/pairs
 
 train: every scorer from the same encoder with --passes queries, then R@k, MRR and MAP; a scorer that lies in OUT already is
-only evaluated. Of reqa_squad 1,000 queries are ranked against the whole corpus. order: from what train recorded, whether
-the scorers stand in the paper's order. speed: one query and 1,000 cached candidates, in rounds in which every scorer takes its
+only evaluated. Of reqa_squad 1,000 queries are ranked against the whole corpus; pair_order.py says whether the scorers stand in
+the paper's order. speed: one query and 1,000 cached candidates, in rounds in which every scorer takes its
 turn, against the cross-encoder padded and packed; FLOPs and the bytes of a store beside it; pair_forms.py has the same of
 MixEncoder's forms. scaling: 10^3 to 10^6 candidates of random vectors on disk. --limit tries things on so few rows, and
 records nothing.
@@ -20,6 +19,7 @@ import resource
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 import thresher
-from records import all_entries, record
+from records import record
 from starts import minilm
 from thresher.measure.latency import paired, ratio
 from thresher.pairs import SCORERS, Index, PairLoss, evaluate, evaluate_corpus, load, pair_flops, train
@@ -90,19 +90,20 @@ WAYS = {
 def main() -> None:
     args = _parser().parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    {"train": train_all, "order": order, "speed": speed, "scaling": scaling}[args.what](args)
+    {"train": train_all, "speed": speed, "scaling": scaling}[args.what](args)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = options(__doc__, ["train", "order", "speed", "scaling"])
+    parser = options(__doc__, ["train", "speed", "scaling"])
     parser.add_argument("--scorers", nargs="+", choices=sorted(WAYS), default=list(WAYS))
     parser.add_argument("--largest", type=int, default=10**6, help="of scaling")
     return parser
 
 
-def options(description: str | None, parts: list[str]) -> argparse.ArgumentParser:
+def options(description: str | None, parts: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=parts)
+    if parts:
+        parser.add_argument("what", choices=parts)
     parser.add_argument("name", nargs="?", choices=sorted(LENGTHS), default="ubuntu_irc")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--out", required=True, type=Path)
@@ -131,7 +132,7 @@ def train_all(args: argparse.Namespace) -> None:
 
 def learned(args: argparse.Namespace, name: str, way: Way, file: str = "pair_quality") -> dict[str, float]:
     """Train `way` with each seed (or load what was trained), evaluate it, and record its quality, a mean over the seeds."""
-    each = [_evaluated(args, _trained(args, name, way, seed)) for seed in args.seeds]
+    each = [evaluated(args, trained(args, name, way, seed)) for seed in args.seeds]
     metrics = {k: mean(one.metrics[k] for one in each) for k in each[0].metrics}
     print(f"{args.name} {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()), flush=True)
     if not args.limit:
@@ -140,7 +141,7 @@ def learned(args: argparse.Namespace, name: str, way: Way, file: str = "pair_qua
             shown["each"] = [round(100 * one.metrics["MRR"], 2) for one in each]
         record(
             file,
-            _learned_id(args, name),
+            learned_id(args, name),
             f"MRR, {name}",
             100 * metrics["MRR"],
             "%",
@@ -161,7 +162,7 @@ def _lesson(way: Way) -> str:
     return found + (f"; own learning rate {way.own_rate:g}" if way.own_rate else "")
 
 
-def _trained(args: argparse.Namespace, name: str, way: Way, seed: int) -> Any:
+def trained(args: argparse.Namespace, name: str, way: Way, seed: int) -> Any:
     place = _place(args, name, seed)
     if (place / "scorer.json").is_file():
         return load(place)
@@ -172,44 +173,8 @@ def _trained(args: argparse.Namespace, name: str, way: Way, seed: int) -> Any:
     return made
 
 
-def _learned_id(args: argparse.Namespace, name: str) -> str:
+def learned_id(args: argparse.Namespace, name: str) -> str:
     return f"pairs-{args.name}-{name}-{args.passes}"
-
-
-def order(args: argparse.Namespace) -> None:
-    """MixEncoder's three forms, each counted alike, beside the dual-, the poly- and the cross-encoder; and a with the words."""
-    found = {name: all_entries().get(_learned_id(args, name)) for name in WAYS}
-    mrr = {name: entry["value"] for name, entry in found.items() if entry is not None}
-    mixed, dual = [mrr[name] for name in ("mix-a", "mix-b", "mix-c")], mrr["dual"]
-    poly = max(mrr["poly-64"], mrr["poly-360"])
-    forms = "the mean of its forms a, b and c"
-    each = {
-        "over-dual": ([one - dual for one in mixed], f"over the dual-encoder, {forms}", ">= 0"),
-        "over-poly": ([one - poly for one in mixed], f"over the better poly-encoder, {forms}", ">= -1"),
-    }
-    if "mix-a-lexical" in mrr:
-        says = "over the dual-encoder, its form a with the overlap of words"
-        each["lexical-over-dual"] = ([mrr["mix-a-lexical"] - dual], says, ">= 0")
-    if "cross" in mrr:
-        closed = [100 * (one - dual) / (mrr["cross"] - dual) for one in mixed]
-        target = ">= 50" if args.name == "ubuntu_irc" else ""
-        each["gap"] = (closed, f"of the gap from the dual- to the cross-encoder, {forms}", target)
-    for name, (values, says, target) in each.items():
-        unit = "%" if name == "gap" else "points"
-        print(f"{args.name} {name}: {[round(one, 2) for one in values]} {unit}", flush=True)
-        record(
-            "pair_order",
-            f"pairs-{args.name}-{name}",
-            f"{args.name}: MixEncoder's MRR {says}",
-            mean(values),
-            unit,
-            target=target or None,
-            spread={form: round(one, 2) for form, one in zip("abc", values, strict=False)},
-            data=args.name,
-            split=EVALUATED[args.name],
-            seeds=found["dual"]["seeds"] if found["dual"] else [],
-            note=f"{args.passes} queries learned from",
-        )
 
 
 def _place(args: argparse.Namespace, name: str, seed: int = 0) -> Path:
@@ -236,8 +201,9 @@ def _train(args: argparse.Namespace, made: Any, way: Way, seed: int, work: Path)
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _evaluated(args: argparse.Namespace, made: Any) -> Any:
-    rows = _rows(args, EVALUATED[args.name])
+def evaluated(args: argparse.Namespace, made: Any, split: str | None = None) -> Any:
+    """split: None for the one that the set is judged by."""
+    rows = _rows(args, split or EVALUATED[args.name])
     if args.name != CORPUS:
         return evaluate(made, rows, cutoffs=(1, 2, 5))
     rows = rows.shuffle(seed=0).select(range(min(OF_CORPUS, len(rows))))
