@@ -470,6 +470,13 @@ def test_a_fit_asks_for_the_saliency_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert asked == [1]
 
 
+@pytest.mark.parametrize("content", [b"", b"no array", b"\x93NUMPY\x01\x00\x10"])
+def test_a_damaged_saliency_that_was_kept_is_said(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / salient.FILE).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"saliency\.npy is (damaged|not of these rows)"):
+        salient.with_saliency([make("bert")], dataset(4), tmp_path, PartialState(), progress=False)
+
+
 def test_the_fastest_epoch_within_a_point_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # What the epochs are worth is told, so that the rule is seen: the second is the fastest that is good enough.
     worth = iter([(1.5, 0.80), (2.5, 0.795), (9.0, 0.78)])

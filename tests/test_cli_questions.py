@@ -171,6 +171,17 @@ def test_questions_without_an_answer(place: Path, tmp_path: Path) -> None:
     plain = ok("evaluate", place / "plain", place / "two.json")
     assert set(plain["thresher"]) == scores
     assert "no_answer" not in ok("evaluate", place / "plain", place / "valid.jsonl")["thresher"]
+    said = call("evaluate", tmp_path / "out", place / "two.json").stdout
+    best = float(said.partition("--no-answer ")[2].split()[0])
+    share = float(said.partition("is best, ")[2].split()[0])
+    tuned = ok("evaluate", tmp_path / "out", place / "two.json", "--no-answer", best)["thresher"]
+    assert 100 * tuned["f1"] == pytest.approx(share, abs=0.06)
+    assert tuned["f1"] >= ok("evaluate", tmp_path / "out", place / "two.json")["thresher"]["f1"]
+    never = ok("predict", tmp_path / "out", place / "two.json", "--no-answer", 1e9)["predictions"]
+    always = ok("predict", tmp_path / "out", place / "two.json", "--no-answer", -1e9)["predictions"]
+    assert all(one["answer"] for one in never) and not any(one["answer"] for one in always)
+    fails("evaluate", tmp_path / "out", place / "two.json", "--no-answer", "nan", match="a finite score, not nan")
+    fails("evaluate", place / "clf", place / "two.json", "--no-answer", 1, match="--no-answer is for questions")
 
 
 def test_a_calibration_and_a_search(place: Path, tmp_path: Path) -> None:

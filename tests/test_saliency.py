@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -16,6 +17,7 @@ from helpers import FAMILIES, alone, batch, build, config_of, dataset, make, set
 from thresher.attribution import integrated
 from thresher.errors import DataError, OptionError
 from thresher.explanation import explain
+from thresher.measure.run import run
 from thresher.methods import CONFIGS
 from thresher.model import policy_of
 
@@ -269,6 +271,23 @@ def test_a_label_that_is_no_class_is_refused(label: int) -> None:
     model = make("bert")
     with pytest.raises(DataError, match=f"Row 2 has the label {label}, and the model has the classes 0 to 2"):
         thresher.saliency(model, {**batch("bert"), "labels": torch.tensor([0, label, 1, 0])})
+
+
+@pytest.mark.parametrize("number", [64, 999, -1])
+def test_a_token_that_the_model_does_not_know_is_named(number: int, tmp_path: Path) -> None:
+    rows = dataset(3).to_dict()
+    rows["input_ids"][1][2] = number
+    wrong, model = datasets.Dataset.from_dict(rows), make("bert")
+    padded = {"input_ids": torch.tensor([[2, 5, 3], [2, 5, number]])}
+    for ask in (
+        lambda: thresher.saliency(model, wrong),
+        lambda: thresher.saliency(model, padded),
+        lambda: run(model, wrong),
+        lambda: thresher.fit(model, "adapler", wrong, tokenizer(), tmp_path / "out", progress=False),
+    ):
+        with pytest.raises(DataError, match=f"Row 2 has the token id {number}, and the model knows 0 to 63"):
+            ask()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tag_that_is_none_of_the_models_is_refused() -> None:

@@ -21,7 +21,7 @@ from thresher.methods.adapler import CONTRIBUTIONS, PLACES, AdapLeRPolicy
 from thresher.model import attachment_of, detach, evaluating, find_encoder, is_attached
 from thresher.policy import tracing
 from thresher.settings import is_whole
-from thresher.targets import IGNORED, LABELS, check_labels
+from thresher.targets import IGNORED, LABELS, check_labels, check_tokens
 from thresher.tasks.given import as_rows
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def saliency(
     on_batch: called with the number of rows just done.
     The gradients and the attention are those of the model that drops nothing. A row in which every token scores 0 gets even
     scores.
-    Raises OptionError for a method that this model cannot give; DataError, naming the row (from 1), for a label that the model
-    does not have, and for scores that are not finite.
+    Raises OptionError for a method that this model cannot give; DataError, naming the row (from 1), for a token or a label that
+    the model does not have, and for scores that are not finite.
     """
     if method not in get_args(Method):
         raise OptionError(f"There is no saliency {method!r}{nearest(str(method), get_args(Method))}")
@@ -136,6 +136,7 @@ def _batches(
         yield list(range(len(given["input_ids"]))), given, labels
         return
     rows = as_rows(rows)
+    check_tokens(encoder, rows)
     check_labels(encoder, rows)
     pad_id = encoder.config.pad_token_id or 0
     known = [name for name in LABELS if name in rows.column_names]
@@ -161,7 +162,9 @@ def _check_batch(encoder: Any, batch: Mapping[str, Tensor]) -> None:
     if len({len(value) for value in batch.values()}) > 1:
         sizes = ", ".join(f"{name} of {len(value)}" for name, value in batch.items())
         raise DataError(f"The tensors of a batch are of the same rows, and these are not: {sizes}.")
-    check_labels(encoder, {name: value.tolist() for name, value in batch.items() if name in (*LABELS, "input_ids")})
+    columns = {name: value.tolist() for name, value in batch.items() if name in (*LABELS, "input_ids")}
+    check_tokens(encoder, columns)
+    check_labels(encoder, columns)
 
 
 def _padded(labels: Sequence[Any], width: int) -> list[Any]:

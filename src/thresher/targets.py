@@ -1,4 +1,4 @@
-"""The labels of encoded rows against the head that they are for: what does not fit is named before anything is computed."""
+"""Encoded rows against the model that they are for: ids and labels that do not fit are named before anything is computed."""
 
 from __future__ import annotations
 
@@ -47,6 +47,21 @@ def check_labels(encoder: Any, rows: Any) -> None:
             _check_class(number, value, count)
         elif not _finite(value):
             raise DataError(f"Row {number} has the label {value!r}, where a number is expected.")
+
+
+def check_tokens(encoder: Any, rows: Any) -> None:
+    """Raises DataError for the first row (from 1) with a token id that the model has no embedding of.
+
+    encoder: a Hugging Face model. rows: columns of values by name, with `input_ids`.
+    """
+    known = len(encoder.get_input_embeddings().weight)
+    for number, ids in enumerate(rows["input_ids"], start=1):
+        if len(ids) and not (min(ids) >= 0 and max(ids) < known):
+            strange = next(one for one in ids if not 0 <= one < known)
+            raise DataError(
+                f"Row {number} has the token id {strange}, and the model knows 0 to {known - 1}; encode the rows with its own "
+                "tokenizer."
+            )
 
 
 def refuse_one_answer(rows: Any, kind: str, source: str = "the training data") -> None:
@@ -117,4 +132,4 @@ def _finite(value: Any) -> bool:
     return is_number(value) and math.isfinite(value)
 
 
-__all__ = ["IGNORED", "LABELS", "check_labels", "kind_of_labels", "refuse_one_answer"]
+__all__ = ["IGNORED", "LABELS", "check_labels", "check_tokens", "kind_of_labels", "refuse_one_answer"]

@@ -74,6 +74,15 @@ def test_what_was_saved_without_these_checks_loads(saved: Path) -> None:
     assert load(saved).encode_candidates(TEXTS).data.isfinite().all()
 
 
+def test_by_the_names_of_hugging_face(tmp_path: Path) -> None:
+    made = taught("poly")
+    made.save_pretrained(tmp_path)
+    back = type(made).from_pretrained(tmp_path)
+    assert back.fingerprint() == made.fingerprint() and type(back) is type(made)
+    with pytest.raises(CheckpointError, match="holds a scorer 'poly', no DualEncoder; load it with"):
+        type(scorer("dual")).from_pretrained(tmp_path)
+
+
 def test_what_is_no_directory_at_all() -> None:
     with pytest.raises(CheckpointError, match="loaded from the directory that it was saved to, not from None"):
         load(None)

@@ -293,7 +293,7 @@ def test_bad_rows_are_named(rows: dict[str, Any], match: str) -> None:
 
 
 def test_bad_tasks_and_tokenizers() -> None:
-    for names in (("O", "PER"), ("B-PER", "I-PER"), ("O",), ("O", "B-PER", "B-PER"), ()):
+    for names in (("O", "PER"), ("O", 7), ("B-PER", "I-PER"), ("O",), ("O", "B-PER", "B-PER"), ()):
         with pytest.raises(OptionError):
             TaggingTask(names)
     rows = rows_of([["w5"]], [["O"]])

@@ -71,6 +71,14 @@ def in_windows(opened: T, stride: int | None) -> T:
     return opened if stride is None else replace(opened, work=opened.work.in_windows(stride))
 
 
+def answering_from(opened: T, threshold: float | None) -> T:
+    """The same, giving no answer to a question where that scores so much above the best one; None: as it is.
+
+    Raises OptionError for a model that answers no questions.
+    """
+    return opened if threshold is None else replace(opened, work=opened.work.with_no_answer(threshold))
+
+
 def open_to_answer(
     name: str,
     device: str,

@@ -20,6 +20,7 @@ from thresher.cli.options import (
     Json,
     Limit,
     MaxLength,
+    NoAnswer,
     Seed,
     SkipBad,
     Windows,
@@ -46,6 +47,7 @@ def evaluate(
     column: Column = None,
     max_length: MaxLength = None,
     windows: Windows = None,
+    no_answer: NoAnswer = None,
     limit: Limit = None,
     seed: Seed = 0,
     skip_bad: SkipBad = False,
@@ -79,19 +81,19 @@ def evaluate(
     columns = assignments(column, "--column")
     if holds_scorer(directory):
         refused = {"--speedup": speedup, "--tau": tau, "--set-exit": exit_settings or None, "--max-length": max_length,
-                   "--windows": windows, "--skip-bad": skip_bad or None, "--batch-size": batch_size,
+                   "--windows": windows, "--no-answer": no_answer, "--skip-bad": skip_bad or None, "--batch-size": batch_size,
                    "--workers": workers}  # fmt: skip
         drawn = {"limit": limit, "seed": seed}
         return evaluate_scorer(directory, data, columns, candidates, store, drawn, device, refused)
     if candidates is not None or store is not None:
         raise OptionError(f"--candidates and --store are for a scorer, and {directory} holds none; leave them out.")
 
-    from thresher.cli.graphs import OpenedGraph, in_windows, open_to_answer
+    from thresher.cli.graphs import OpenedGraph, answering_from, in_windows, open_to_answer
     from thresher.cli.scoring import set_exam
 
     how = {"speedup": speedup, "tau": tau, "exit_settings": exit_settings}
     opened = open_to_answer(directory, device, batch_size=batch_size, workers=workers, **how)  # type: ignore[arg-type]
-    opened = in_windows(opened, windows)
+    opened = answering_from(in_windows(opened, windows), no_answer)
     exam = set_exam(opened, data, columns, limit=limit, seed=seed, max_length=max_length, skip_bad=skip_bad)
     about = {"directory": directory, "data": data, "rows": len(exam.rows)}
     title = f"{directory} on {count(len(exam.rows))} {exam.unit}"
@@ -108,6 +110,8 @@ def _of_model(opened: Opened, exam: Exam, batch_size: int | None, about: dict[st
         after = opened.answer(exam.rows, batch_size=batch_size, on_done=done)
     found = exam.gains(stock, after.predictions)
     shown = [gains_table(title, found, after.speedup), STOCK_IS]
+    if (said := exam.work.remark(after.predictions, exam.truth)) is not None:
+        shown.append(said)
     if (remark := slower(about["directory"], _tokens(exam), after.speedup)) is not None:
         shown.append(remark)
     return Result({**about, "speedup": after.speedup, **found}, shown)

@@ -117,6 +117,16 @@ Windows = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+NoAnswer = Annotated[
+    float | None,
+    typer.Option(
+        "--no-answer",
+        help="Of questions that may have none: by how much having none must score above the best answer. Default: as fitted, "
+        "else 0; thresher evaluate says which is best.",
+        metavar="SCORE",
+        rich_help_panel=DATA,
+    ),
+]
 ValidationLimit = Annotated[
     int | None,
     typer.Option(

@@ -60,6 +60,11 @@ class QuestionWork(Work):
             return self
         return replace(self, threshold=no_answer(self.named(rows, columns)), columns=columns, open=False)
 
+    def with_no_answer(self, threshold: float) -> Work:
+        if not np.isfinite(threshold):
+            raise OptionError(f"--no-answer is a finite score, not {threshold}.")
+        return replace(self, threshold=threshold, open=False)
+
     def unlabelled(self, rows: datasets.Dataset) -> datasets.Dataset:
         """Questions with their passages; also of single pairs, whose second text is the passage."""
         if "text" in rows.column_names:
@@ -93,6 +98,15 @@ class QuestionWork(Work):
         if truth is None or truth.questions is None:
             return {}
         return truth.questions.judge.metrics(truth.questions.texts(predictions, self.threshold))
+
+    def remark(self, predictions: np.ndarray, truth: Truth | None) -> str | None:
+        if truth is None or truth.questions is None or self.threshold is None:
+            return None
+        threshold, best = truth.questions.best_threshold(predictions)
+        return (
+            f"F1 on these questions is best, {100 * best:.1f} %, with --no-answer {threshold:.3f} (it is {self.threshold:g}); "
+            "choose it on other rows than you report."
+        )
 
     def alike(self, predictions: np.ndarray, reference: np.ndarray) -> Scores:
         """How often the likeliest start, and the likeliest end, of a window are the same."""

@@ -23,6 +23,7 @@ from thresher.cli.options import (
     Json,
     MaxLength,
     ModelDirectory,
+    NoAnswer,
     SkipBad,
     Windows,
     Workers,
@@ -67,6 +68,7 @@ def predict(
     column: Column = None,
     max_length: MaxLength = None,
     windows: Windows = None,
+    no_answer: NoAnswer = None,
     skip_bad: SkipBad = False,
     out: Annotated[
         Path | None,
@@ -89,11 +91,11 @@ def predict(
         file_to_write(out)
     columns = assignments(column, "--column")
 
-    from thresher.cli.graphs import in_windows, open_to_answer
+    from thresher.cli.graphs import answering_from, in_windows, open_to_answer
 
     how = {"speedup": speedup, "tau": tau, "exit_settings": exit_settings}
     opened = open_to_answer(directory, device, batch_size=batch_size, workers=workers, **how)  # type: ignore[arg-type]
-    opened = in_windows(opened, windows)
+    opened = answering_from(in_windows(opened, windows), no_answer)
     work = opened.text_work()
     rows = _given(text, pair) if data is None else work.read(data, columns, labelled=False, skip_bad=skip_bad)
     rows = work.named(rows, columns)
@@ -124,6 +126,7 @@ def explain(
     pair: Pairs = None,
     max_length: MaxLength = None,
     windows: Windows = None,
+    no_answer: NoAnswer = None,
     speedup: AtSpeedup = None,
     tau: AtThreshold = None,
     exit_settings: ExitSetting = None,
@@ -154,7 +157,7 @@ def explain(
         file_to_write(html)
     place = place_of(device)
 
-    from thresher.cli.graphs import in_windows, leaving_by
+    from thresher.cli.graphs import answering_from, in_windows, leaving_by
     from thresher.cli.models import open_model
     from thresher.cli.question_work import QuestionWork
     from thresher.explanation import explain as token_maps
@@ -162,7 +165,7 @@ def explain(
     from thresher.tasks.answering import EncodedQuestions
 
     opened = leaving_by(open_model(directory, place, speedup=speedup), directory, tau, exit_settings)
-    opened = in_windows(opened, windows)
+    opened = answering_from(in_windows(opened, windows), no_answer)
     rows = opened.work.unlabelled(_given(text, pair))
     limit = opened.limit(max_length)
     # Encoded here as well, for what it says of cut and empty texts.

@@ -163,6 +163,14 @@ class Work:
             f"--windows is for classification and regression of single texts and for tagging; this is {self.kind}."
         )
 
+    def with_no_answer(self, threshold: float) -> Work:
+        """The same, giving no answer where that scores so much above the best one."""
+        raise OptionError(f"--no-answer is for questions about passages; this is {self.kind}.")
+
+    def remark(self, predictions: np.ndarray, truth: Truth | None) -> str | None:
+        """What a user should know of answers beside their scores."""
+        return None
+
     def unlabelled(self, rows: datasets.Dataset) -> datasets.Dataset:
         """Rows whose labels, if any, are left unread."""
         rows = canonical(rows)

@@ -15,6 +15,7 @@ from thresher.measure.flops import speedup
 from thresher.model import attachment_of, evaluating, find_encoder, is_attached
 from thresher.policy import Trace, tracing
 from thresher.settings import is_whole
+from thresher.targets import check_tokens
 
 if TYPE_CHECKING:
     import datasets
@@ -75,6 +76,7 @@ def collate(
 def prepared(model: Any, rows: datasets.Dataset, batch_size: int | None = None) -> Iterator[Batch]:
     """The rows in `batches`, collated on the model's device: a list of them serves many runs over the same rows."""
     encoder = find_encoder(model)
+    check_tokens(encoder, rows)
     pad_id = encoder.config.pad_token_id or 0
     for index in batches(rows, batch_size):
         yield index, collate(rows, index, pad_id, encoder.device)
@@ -93,7 +95,7 @@ def run(
     rows: encoded rows with input_ids and attention_mask; or what `prepared` made of them. batch_size: see `batches`. predict:
     from (model, batch) to [B, ...]; by default `answers`.
     on_batch: called with the number of rows just done (progress bars).
-    Raises DataError for no rows.
+    Raises DataError for no rows, and for a token id that the model has no embedding of.
     """
     predict = predict or answers
     parts: list[np.ndarray] = []

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from thresher.pairs.cache import Block, Cache
     from thresher.pairs.colbert import ColBERT, ColBERTConfig
+    from thresher.pairs.config import ScorerConfig
     from thresher.pairs.cross import CrossConfig, CrossEncoder
     from thresher.pairs.deformer import DeFormer, DeFormerConfig
     from thresher.pairs.dual import DualConfig, DualEncoder
@@ -24,12 +25,13 @@ if TYPE_CHECKING:
     from thresher.pairs.prefilter import Prefilter, PrefilterCalibration, PrefilterFlops
     from thresher.pairs.reranker import Reranker
     from thresher.pairs.saving import SCORERS, load, save
-    from thresher.pairs.scorer import Scorer, ScorerConfig
+    from thresher.pairs.scorer import Scorer
     from thresher.pairs.virt import VIRT, VIRTConfig
 
 _HOME = {
     "cache": ("Block", "Cache"),
     "colbert": ("ColBERT", "ColBERTConfig"),
+    "config": ("ScorerConfig",),
     "cross": ("CrossConfig", "CrossEncoder"),
     "deformer": ("DeFormer", "DeFormerConfig"),
     "dual": ("DualConfig", "DualEncoder"),
@@ -43,7 +45,7 @@ _HOME = {
     "prefilter": ("Prefilter", "PrefilterCalibration", "PrefilterFlops"),
     "reranker": ("Reranker",),
     "saving": ("SCORERS", "load", "save"),
-    "scorer": ("Scorer", "ScorerConfig"),
+    "scorer": ("Scorer",),
     "virt": ("VIRT", "VIRTConfig"),
 }
 _MODULE = {name: f"thresher.pairs.{module}" for module, names in _HOME.items() for name in names}

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from thresher.backbones.opened import open_layers
 from thresher.errors import OptionError
 from thresher.pairs.cache import Block
+from thresher.pairs.config import LEAST, LIMITS, ScorerConfig
 from thresher.pairs.heads import JointHead
 from thresher.pairs.reading import Reading, by_length, longest, read, watch
-from thresher.pairs.scorer import LEAST, LIMITS, Query, Scorer, ScorerConfig
+from thresher.pairs.scorer import Query, Scorer
 from thresher.pairs.texts import pair
 
 TOKENS = 4096

@@ -17,10 +17,11 @@ from thresher.measure.layer import layer_flops
 from thresher.model import attachment_of
 from thresher.packed import Layout, PackedTokens
 from thresher.pairs.cache import Block
+from thresher.pairs.config import ScorerConfig
 from thresher.pairs.heads import JointHead
 from thresher.pairs.layers import Linears, after_attention, by_head
 from thresher.pairs.reading import read, watch
-from thresher.pairs.scorer import Query, Scorer, ScorerConfig
+from thresher.pairs.scorer import Query, Scorer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from thresher.pairs.cache import Block
+from thresher.pairs.config import ScorerConfig
 from thresher.pairs.heads import PairHead, Similarity, check_choice
 from thresher.pairs.reading import States, read
-from thresher.pairs.scorer import Query, Scorer, ScorerConfig
+from thresher.pairs.scorer import Query, Scorer
 
 Pooling = Literal["cls", "mean"]
 

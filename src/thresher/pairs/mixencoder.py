@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from thresher.backbones.opened import OpenedLayer, open_layers
 from thresher.errors import OptionError
 from thresher.pairs.cache import Block
+from thresher.pairs.config import ScorerConfig
 from thresher.pairs.heads import PairHead, Similarity, check_choice
 from thresher.pairs.interaction import Interaction, Residual
 from thresher.pairs.layers import Linears, by_head
 from thresher.pairs.reading import States, read, watch
-from thresher.pairs.scorer import Query, Scorer, ScorerConfig
+from thresher.pairs.scorer import Query, Scorer
 
 Strategy = Literal["S", "C", "M"]
 Start = Literal["paper", "dual"]

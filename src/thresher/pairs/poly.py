@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from thresher.errors import OptionError
 from thresher.pairs.cache import Block
+from thresher.pairs.config import ScorerConfig
 from thresher.pairs.heads import PairHead, Similarity, check_choice
 from thresher.pairs.reading import read
-from thresher.pairs.scorer import Query, Scorer, ScorerConfig
+from thresher.pairs.scorer import Query, Scorer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,21 +15,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from thresher.errors import DataError, OptionError
+from thresher.errors import CheckpointError, DataError, OptionError
 from thresher.model import attach, evaluating, is_attached
 from thresher.pairs.cache import Block, Cache, Id, Storage, check_count
+from thresher.pairs.config import LIMITS, ScorerConfig
 from thresher.pairs.encoders import open_encoder, settings_of
 from thresher.pairs.lexical import Lexical
 from thresher.pairs.reading import by_length, longest
 from thresher.pairs.texts import Frame, Text, pairs_of, reads_as, tokens_of
 from thresher.policy import PolicyConfig
-from thresher.settings import Settings
 
 TOKENS = 4096  # read in one pass: enough to keep every core busy, few enough for the caches and for memory
 
-LIMITS = ("max_query", "max_candidate")
 NO_NUMBER = "A score is no number: the scorer's weights are not, or what it computes overflows; load or train it again."
-LEAST = 4  # tokens of either side, so that some are left beside the special ones
 
 Query = tuple[Tensor, ...]
 """What a scorer keeps of one query while candidates are matched against it; which tensors, each scorer says."""
@@ -41,42 +39,6 @@ class Asked:
 
     states: Query
     shares: Tensor | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScorerConfig(Settings):
-    """Settings that every scorer has.
-
-    max_query, max_candidate: the most tokens of either side, special ones included; longer texts are cut, counted and warned
-        of.
-    classes: 0 for a score that ranks; 1 for one learned from numbers; more for classification. From 1 on a head gives as many
-        logits.
-    lexical: how many of a candidate's strongest tokens are kept beside its vectors, so that their overlap with the query's
-        adds to the score with a learned weight (`thresher.pairs.lexical`); 0 for none. 32 take 128 bytes a candidate.
-    """
-
-    kind: ClassVar[str] = ""
-
-    max_query: int = 256
-    max_candidate: int = 128
-    classes: int = 0
-    lexical: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.classes < 0:
-            raise OptionError(f"classes must be 0 or more, not {self.classes!r}.")
-        if self.lexical < 0 or (self.lexical and self.classes):
-            raise OptionError(
-                f"lexical={self.lexical!r} cannot be: it is 0 or more, and adds to a score, so that it goes with classes=0."
-            )
-        for name in LIMITS:
-            if getattr(self, name) < LEAST:
-                raise OptionError(f"{name} must be at least {LEAST}, not {getattr(self, name)!r}.")
-
-    @classmethod
-    def called(cls) -> str:
-        return f"scorer {cls.kind!r}"
 
 
 ConfigT = TypeVar("ConfigT", bound=ScorerConfig)
@@ -370,6 +332,22 @@ class Scorer(nn.Module, Generic[ConfigT]):
         from thresher.pairs.saving import save
 
         save(self, directory)
+
+    def save_pretrained(self, save_directory: Any) -> None:
+        """`save`, by the name that Hugging Face models have for it."""
+        self.save(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, directory: Any, *, device: str | torch.device | None = None) -> Self:
+        """`thresher.pairs.load`, for a scorer of this kind. Raises CheckpointError also for one of another."""
+        from thresher.pairs.saving import load
+
+        found = load(directory, device=device)
+        if not isinstance(found, cls):
+            raise CheckpointError(
+                f"{directory} holds a scorer {found.config.kind!r}, no {cls.__name__}; load it with thresher.pairs.load."
+            )
+        return found
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[None]:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from thresher.backbones.opened import OpenedLayer, open_layers
 from thresher.pairs.cache import Block
+from thresher.pairs.config import ScorerConfig
 from thresher.pairs.heads import PairHead, Similarity, check_choice
 from thresher.pairs.layers import by_head
 from thresher.pairs.reading import read, watch
-from thresher.pairs.scorer import Query, Scorer, ScorerConfig
+from thresher.pairs.scorer import Query, Scorer
 
 
 @dataclass(frozen=True, kw_only=True)

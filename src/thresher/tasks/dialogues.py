@@ -128,6 +128,8 @@ def _canonical(row: dict[str, Any], number: int) -> _Dialogue:
         raise DataError(f"Row {number} has an empty context; a dialogue has at least one utterance.")
     if "candidates" in row:
         candidates = _texts(row, "candidates", number)
+        if not candidates:
+            raise DataError(f"Row {number} has no candidates.")
         known = "label" in row or "labels" in row
         labels = _labels(row, len(candidates), number) if known else [0] * len(candidates)
     else:

@@ -50,7 +50,7 @@ def read_file(path: Path) -> datasets.Dataset:
         return _parquet(path)
     content = _bytes(path)
     if not content.strip():
-        raise DataError(f"{path} is empty.")
+        raise DataError(f"{path} is empty; give a file with rows.")
     if suffix.startswith((".csv", ".tsv")):
         columns = _separated(path, content, "," if suffix.startswith(".csv") else "\t")
     elif suffix.startswith(".json") and not suffix.startswith(".jsonl") and content.lstrip().startswith(b"["):

@@ -303,7 +303,7 @@ def _answers(value: Any) -> tuple[list[tuple[Any, Any]] | None, str]:
 def _whole(path: Path) -> str:
     content = "\n".join(line for _, line in _lines(path))
     if not content:
-        raise DataError(f"{path} is empty.")
+        raise DataError(f"{path} is empty; give a file with questions.")
     return content
 
 

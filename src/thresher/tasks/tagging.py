@@ -49,7 +49,7 @@ class TaggingTask:
         if self.windows is not None and (not is_whole(self.windows) or self.windows < 0):
             raise OptionError(f"Windows share a whole number of tokens, 0 or more, not {self.windows!r}.")
         for name in self.names:
-            if not BIO.fullmatch(name):
+            if not isinstance(name, str) or not BIO.fullmatch(name):
                 raise OptionError(f"'{name}' is no BIO tag: these are O, and B- or I- with a type.")
         if OUTSIDE not in self.names or len(self.names) < 2 or len(set(self.names)) < len(self.names):
             raise OptionError(f"Tags are O and those of a type or more, each once, not {', '.join(self.names)}.")

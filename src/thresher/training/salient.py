@@ -46,12 +46,15 @@ def with_saliency(
     `models`.
 
     Computed by the main process and kept in `directory`, from where the others and a run that goes on read it.
-    Raises CheckpointError when what is kept is of other rows.
+    Raises CheckpointError when what is kept is of other rows, or damaged.
     """
     by_one(processes, partial(_keep, models, rows, directory / FILE, progress))
-    values = np.load(directory / FILE)
     offsets = np.cumsum([0, *map(len, rows["input_ids"])])
-    if len(values) != offsets[-1]:
+    try:
+        values = np.load(directory / FILE)
+    except (EOFError, OSError, ValueError) as error:
+        raise CheckpointError(f"{directory / FILE} is damaged ({error}); remove it.") from error
+    if values.shape != (offsets[-1],) or values.dtype != np.float32:
         raise CheckpointError(f"{directory / FILE} is not of these rows or damaged; remove it.")
     column = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values))
     return rows.add_column(COLUMN, column)

@@ -25,7 +25,7 @@ from transformers import (
 from thresher.errors import DataError, OptionError, ThresherError
 from thresher.model import attachment_of, find_encoder
 from thresher.policy import Policy, Stage
-from thresher.targets import check_labels
+from thresher.targets import check_labels, check_tokens
 from thresher.training.learner import FOR_THE_POLICY, Learner
 from thresher.training.resuming import last_checkpoint
 from thresher.training.salient import COLUMN, check_saliency
@@ -261,7 +261,8 @@ def _refuse(model: Any, stage: Stage, rows: datasets.Dataset) -> None:
 
 def refuse_unfit(model: Any, stage: Stage, rows: datasets.Dataset) -> None:
     """For a stage that learns from labels raises OptionError where the rows have none, DataError for one that is none of the
-    model's."""
+    model's; for any stage DataError for a token that is none."""
+    check_tokens(find_encoder(model), rows)
     if "labels" in rows.column_names or "start_positions" in rows.column_names:
         if learns_from_labels(model, stage):  # else nobody looks at them
             check_labels(find_encoder(model), rows)
