@@ -16,7 +16,8 @@ from commands import call, fails, ok, synthetic, write_rows
 from helpers import build, config_of, tokenizer
 from thresher.cli.comparing import _drawn, _each
 from thresher.cli.tagging_work import TaggingWork
-from thresher.cli.work import ResponseWork, TextWork, Truth
+from thresher.cli.truth import Truth
+from thresher.cli.work import ResponseWork, TextWork
 from thresher.comparing import Part
 from thresher.tasks.long_texts import EncodedLongTexts
 from thresher.tasks.ranking import ranking_metrics

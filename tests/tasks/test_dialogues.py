@@ -67,7 +67,7 @@ def test_every_form_becomes_one(row: dict[str, Any], candidates: list[str], labe
     [
         ({"context": []}, "Row 2 has an empty context"),
         ({"context": None}, "Row 2 holds a null as its context, where a list of texts is expected"),
-        ({"candidates": []}, "Row 2 has the label 0, which is not the index of one of its 0 candidates"),
+        ({"candidates": []}, "Row 2 has no candidates"),
         ({"candidates": [], "labels": []}, "Row 2 has no candidates"),
         ({"label": 2}, "Row 2 has the label 2, which is not the index of one of its 2 candidates"),
         ({"label": -1}, "Row 2 has the label -1"),

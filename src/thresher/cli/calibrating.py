@@ -64,7 +64,7 @@ def calibrate(
     from thresher.calibration import calibrate as search
     from thresher.cli.graphs import in_windows
     from thresher.cli.models import open_model
-    from thresher.cli.work import Truth
+    from thresher.cli.truth import Truth
     from thresher.measure.run import run, run_packed
     from thresher.model import attachment_of
 

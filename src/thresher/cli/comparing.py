@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from thresher.cli.models import Opened
-    from thresher.cli.work import Truth, Work
+    from thresher.cli.truth import Truth
+    from thresher.cli.work import Work
     from thresher.comparing import Comparison, Part
     from thresher.tasks.features import EncodedRows
 

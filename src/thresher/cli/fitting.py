@@ -302,7 +302,7 @@ def _train(
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """Train on `encoded` and save; what the model then gains on `checked`, over the one that the method started from."""
-    from thresher.cli.work import Truth
+    from thresher.cli.truth import Truth
     from thresher.measure.run import run, run_packed
     from thresher.model import attachment_of
     from thresher.training import fit as train

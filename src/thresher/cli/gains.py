@@ -10,7 +10,8 @@ from thresher.report.console import percent, points, ratio, table
 if TYPE_CHECKING:
     import numpy as np
 
-    from thresher.cli.work import Truth, Work
+    from thresher.cli.truth import Truth
+    from thresher.cli.work import Work
 
 STOCK_IS = "Stock is the model before, nothing dropped; FLOPs are without padding on both sides."
 

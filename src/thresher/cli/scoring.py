@@ -13,7 +13,8 @@ from thresher.cli.data import source_and_split
 from thresher.cli.gains import gains
 from thresher.cli.graphs import OpenedGraph
 from thresher.cli.models import Opened
-from thresher.cli.work import Truth, Work
+from thresher.cli.truth import Truth
+from thresher.cli.work import Work
 from thresher.tasks import corpus
 from thresher.tasks.retrieval import inverse_cloze, retrieval_metrics
 

@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from thresher.cli.models import Opened
-    from thresher.cli.work import Truth, Work
+    from thresher.cli.truth import Truth
+    from thresher.cli.work import Work
     from thresher.frontier import Frontier, Point
     from thresher.policy import PolicyConfig
 

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Self
 import datasets
 import numpy as np
 
-from thresher.cli.work import Scores, Truth, Work
+from thresher.cli.truth import Truth
+from thresher.cli.work import Scores, Work
 from thresher.errors import OptionError, nearest
 from thresher.tasks.features import EncodedRows
 from thresher.tasks.reading import Reading
