@@ -278,7 +278,7 @@ def _rows(
 
 def _part(start: Opened, encoded: EncodedRows, name: str) -> Part:
     """Encoded rows, and what the task's metric says of answers to them."""
-    from thresher.cli.work import Truth
+    from thresher.cli.truth import Truth
     from thresher.comparing import Part
     from thresher.measure.run import run_packed
 

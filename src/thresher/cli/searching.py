@@ -91,7 +91,7 @@ def search(
         _chart_to_write(chart)
     place = place_of(device)
 
-    from thresher.cli.work import Truth
+    from thresher.cli.truth import Truth
     from thresher.measure.run import run_packed
     from thresher.model import attachment_of, policy_of
     from thresher.searching import search as find
