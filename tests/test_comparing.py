@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import thresher
 from helpers import dataset, make, tokenizer
-from thresher.comparing import Clock, Comparison, Part, compare
+from thresher.comparing import Clock, Comparison, Part, compare, contest
 from thresher.comparing.contestants import TRAINED_ON, contestants, draws_of, plan, stages_of, steps_for
 from thresher.comparing.judging import halves, parts
 from thresher.comparing.page import report_of, verdict
@@ -132,6 +132,15 @@ def test_a_plan_stays_inside_its_budget_and_the_trainer_makes_its_steps(passes: 
     assert made.passes == read <= passes
 
 
+@pytest.mark.parametrize(("passes", "drawn"), [(30, 10), (47, 15), (60, None), (12, 5)])
+def test_what_is_scheduled_by_epochs_reads_few_rows_often(passes: int, drawn: int | None) -> None:
+    soft = Stage(name="soft", mode="soft", epochs=5.0)
+    made = plan([soft], lambda _: 1, passes, 20, {"batch_size": 5}, "x", 3)
+    assert made.rows == drawn
+    assert made.passes <= passes
+    assert np.ceil(made.stages[0].epochs) >= (3 if passes > 12 else 2)
+
+
 def test_a_pass_of_a_step_that_reads_several_times_counts_each(done: Comparison) -> None:
     # 24 rows in batches of 8: attention mass reads 32 once, Length-Adaptive 8 four times, and controls learn nothing.
     assert done.passes == {"attention-mass": 32, "length-adaptive": 32, "random": 0}
@@ -152,14 +161,29 @@ def test_a_budget_that_a_method_cannot_be_trained_in_leaves_it_out_before_anythi
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = Trainings(monkeypatch)
-    with pytest.raises(OptionError, match="needs at least 2"):  # epochs, of which 24 passes over 24 rows are one
-        compared(tmp_path, methods=("attention-mass", "adapler"), passes=24, clock=None)
+    with pytest.raises(OptionError, match="needs at least 2"):  # epochs, of which 8 passes in a batch are one
+        compared(tmp_path, methods=("random", "adapler"), passes=8, clock=None)
     assert seen.done == []
     everyone = contestants(("attention-mass", "adapler"))
     monkeypatch.setattr(import_module("thresher.comparing.recipe"), "contestants", lambda *_: everyone)
-    found = compared(tmp_path, methods=None, passes=24, clock=None)
+    found = compared(tmp_path, methods=None, passes=8, clock=None)
     assert seen.done == ["attention-mass/distil"]
     assert "needs at least 2" in found.left_out["adapler"]
+
+
+def test_a_short_budget_sharpens_adapler_on_fewer_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+    real = contest.fit
+
+    def noted(model: Any, policy: Any, rows: Any, *others: Any, **options: Any) -> Any:
+        trained.append((len(rows), [stage.epochs for stage in options["stages"]]))
+        return real(model, policy, rows, *others, **options)
+
+    monkeypatch.setattr(contest, "fit", noted)
+    found = compared(tmp_path, methods=("adapler",), passes=24, clock=None)
+    assert trained == [(8, [2.5])]  # of 24 rows; the trainer rounds the epochs up
+    assert found.passes == {"adapler": 24}
+    assert {one.contestant for one in found.standings} == {"adapler"}
 
 
 def test_a_budget_below_one_batch_is_refused_and_nothing_is_left(tmp_path: Path) -> None:

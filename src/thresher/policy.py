@@ -52,6 +52,9 @@ class PolicyConfig(Settings):
     # The rows it is for: "pairs" have two segments, "answers" say where in them the answer lies (or the evidence for it).
     serves: ClassVar[Literal["any", "pairs", "answers"]] = "any"
     labelled: ClassVar[bool] = False  # whether it learns from labels, however its stages are set
+    least_epochs: ClassVar[int] = (
+        1  # that its schedule needs: a comparison trains it on fewer rows rather than for fewer
+    )
     control: ClassVar[bool] = False  # what every method has to beat: it chooses blindly, and is compared untrained
 
     protect_segments: tuple[int, ...] = ()

@@ -159,7 +159,8 @@ class Contest:
         policy = attachment_of(start).policy
         stages = stages_of(start) if one.reads_less else (MORE,)
         passes, overrides = self.budget.passes, self.budget.overrides
-        made = plan(stages, draws_of(policy), passes, len(self.rows), overrides, one.name)
+        least = 1 if one.policy is None else one.policy.least_epochs
+        made = plan(stages, draws_of(policy), passes, len(self.rows), overrides, one.name, least)
         for stage in made.stages:
             if policy is not None and not stage.exits:
                 policy.check(stage)
@@ -207,7 +208,7 @@ class Contest:
         return fit(
             self.start(),
             one.policy,
-            self.rows,
+            self._rows_for(plan),
             self.tokenizer,
             self.place(one),
             validation=self.chosen.rows,
@@ -218,6 +219,12 @@ class Contest:
             **self._watched(self.training, 0.8, plan.stages),
             **options,
         )
+
+    def _rows_for(self, plan: Plan) -> datasets.Dataset:
+        if plan.rows is None:
+            return self.rows
+        drawn = np.random.default_rng(self.seed).permutation(len(self.rows))[: plan.rows]
+        return self.rows.select(sorted(drawn.tolist()))
 
     def _trained_on(self, directory: Path, stage: Stage) -> Any:
         model, work = self.start(), directory / "training"

@@ -204,10 +204,12 @@ def _pairs(rows: datasets.Dataset, segment_end: int | None) -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages of a contestant, of lengths that share the budget. passes: the examples that they read in all."""
+    """The stages of a contestant, of lengths that share the budget. passes: the examples that they read in all. rows: how many
+    different ones an epoch has; None: all."""
 
     stages: tuple[Stage, ...]
     passes: int
+    rows: int | None = None
 
 
 def plan(
@@ -217,15 +219,23 @@ def plan(
     rows: int,
     overrides: Mapping[str, Any],
     name: str,
+    least_epochs: int = 1,
 ) -> Plan:
     """Stages that together read at most `passes` examples forward and backward, in the shares of their own epochs.
 
     draws: the passes that a step of a stage makes over its batch, on average. rows: those of an epoch. overrides: settings of
-        every stage.
+        every stage. least_epochs: what each stage has where it can, on fewer rows if need be; 1: on all of them.
     Raises OptionError when a stage would not get one batch.
     """
     chosen = [overridden(stage, overrides) for stage in stages]
     whole = sum(stage.epochs for stage in stages)
+    some = None
+    if least_epochs > 1:
+        shares = [passes * own.epochs / whole / draws(one) for own, one in zip(stages, chosen, strict=True)]
+        fewest = max(stage.batch_size for stage in chosen)
+        fitting = max(fewest, int(min(shares) / least_epochs))
+        if fitting < rows:
+            rows = some = fitting
     planned, read = [], 0.0
     for own, stage in zip(stages, chosen, strict=True):
         of_step = draws(stage)
@@ -240,7 +250,7 @@ def plan(
         # Half a step less, as the trainer rounds up: floats would make one step more of some.
         planned.append(replace(stage, epochs=(steps - 0.5) / math.ceil(rows / stage.batch_size)))
         read += examples * of_step
-    return Plan(tuple(planned), round(read))
+    return Plan(tuple(planned), round(read), some)
 
 
 def steps_for(examples: int, rows: int, batch: int) -> tuple[int, int]:

@@ -136,7 +136,8 @@ def compare(
     methods: names ("ltp", "fastbert", "ltp+fastbert") or settings; None: all methods, early exits and unions of the two, with
         their defaults, and the untrained controls. Those that cannot be trained on these rows are left out, see
         `Comparison.left_out`. unions: more of them. fitting: what the task adds to a method's settings.
-    passes: examples that each method reads forward and backward; what a teacher reads is not counted.
+    passes: examples that each method reads forward and backward; what a teacher reads is not counted. AdapLeR, which sharpens
+        from epoch to epoch, spends few of them on as many rows as give it three epochs.
     speedup / max_loss: the target, met on the rows for choosing; without one, a loss of 0.01. speedups: what else every method
         is set to. trained_at: the speedup that methods train for which learn a single one; None: the target, but at most 4
         or the largest of `speedups`; without a speedup as target 2. It holds for every run in `directory`.

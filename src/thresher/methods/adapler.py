@@ -69,6 +69,7 @@ class AdapLeR(PolicyConfig):
 
     method: ClassVar[str] = "adapler"
     point: ClassVar[Point] = Point.BEFORE_LAYER
+    least_epochs: ClassVar[int] = min(PAPER)
     threshold: float = 0.25
     width: int = 32
     beta: float = 0.1
