@@ -738,7 +738,7 @@ def test_settings_out_of_range_are_refused(kind: str, values: dict[str, Any]) ->
     ("exit", "head", "extra", "reason"),
     [
         ("fastbert", "token", {}, "tagging heads"),
-        ("fastbert", "base", {}, "has none"),
+        ("fastbert", "base", {}, "not encoders without a head"),
         ("fastbert", "question-answering", {"num_labels": 2}, "question-answering"),
         ("settled-span", "sequence", {}, "classes"),
         ("fastbert", "sequence", {"num_labels": 1}, "one label"),

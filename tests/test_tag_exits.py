@@ -571,7 +571,7 @@ def test_families_whose_layers_cannot_be_opened_are_refused(family: str) -> None
         ("sentee", "question-answering", None, {"num_labels": 2}, "tagging heads"),
         ("fastbert", "token", None, {}, "tagging heads"),
         ("sentee", "token", None, {"num_labels": 1}, "two or more"),
-        ("sentee", "base", None, {}, "has none"),
+        ("sentee", "base", None, {}, "not encoders without a head"),
     ],
 )
 def test_what_does_not_fit_is_refused(

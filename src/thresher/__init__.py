@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from thresher.comparing import compare
     from thresher.engine import keep_everything, simulated_drops, stock
     from thresher.errors import ThresherError
-    from thresher.exits import PABEE, SENTEE, Confidence, DeeBERT, FastBERT, SettledSpan, TokEE
+    from thresher.exits import PABEE, SENTEE, Confidence, DeeBERT, FastBERT, SettledSpan, SettledStates, TokEE
     from thresher.explanation import explain
     from thresher.exported.runner import Runner
     from thresher.exported.writing import export
@@ -57,7 +57,7 @@ _HOME = {
     "comparing": ("compare",),
     "engine": ("keep_everything", "simulated_drops", "stock"),
     "errors": ("ThresherError",),
-    "exits": ("Confidence", "DeeBERT", "FastBERT", "PABEE", "SENTEE", "SettledSpan", "TokEE"),
+    "exits": ("Confidence", "DeeBERT", "FastBERT", "PABEE", "SENTEE", "SettledSpan", "SettledStates", "TokEE"),
     "explanation": ("explain",),
     "exported.runner": ("Runner",),
     "exported.writing": ("export",),
@@ -120,6 +120,7 @@ __all__ = [
     "RisingThreshold",
     "Runner",
     "SettledSpan",
+    "SettledStates",
     "Stage",
     "TRBert",
     "ThresherError",

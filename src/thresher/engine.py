@@ -117,7 +117,12 @@ class Engine:
     @property
     def _edits(self) -> bool:
         """Whether what the head says may have to be changed."""
-        return self.exit is not None or outputs.answers_with_spans(self.model)
+        return (self.exit is not None and not self._hands_states) or outputs.answers_with_spans(self.model)
+
+    @property
+    def _hands_states(self) -> bool:
+        """Whether rows that leave write into what the encoder ends with, as there is no head."""
+        return self.exit is not None and self.exit.head.kind == "states"
 
     def _set_implementation(self, name: str) -> None:
         if self.entrance.instead:  # transformers' method warns and does nothing
@@ -214,7 +219,8 @@ class Engine:
 
     def _acting(self, device: torch.device) -> tuple[Policy[Any] | None, Exit[Any] | None, outputs.Edits | None]:
         """The policy and the exit that act on this call, ready for it, and where rows that leave write their answers."""
-        policy, exit, edits = self.policy, self.exit, outputs.expected()
+        policy, exit = self.policy, self.exit
+        edits = outputs.Edits() if self._hands_states else outputs.expected()
         for part in (policy, exit):
             if part is not None:
                 part.follow(device, self.entrance.base.training)
@@ -266,7 +272,7 @@ class Engine:
             hidden = tokens.hidden.unsqueeze(0)
         else:
             mark("norms")
-            hidden = tokens.restore(self.entrance.fill, now.mask)
+            hidden = self._restored(now, tokens)
             mark("restore")
         return hidden if rest is None else (hidden, *rest)
 
@@ -274,7 +280,12 @@ class Engine:
         now = _current.get()
         if now is None or now.tokens is None:
             return None
-        return now.tokens.with_hidden(output[0]).restore(self.entrance.fill, now.mask)
+        return self._restored(now, now.tokens.with_hidden(output[0]))
+
+    def _restored(self, now: Pass, tokens: PackedTokens) -> Tensor:
+        """[B, N, D], what the encoder ends with."""
+        hidden = tokens.restore(self.entrance.fill, now.mask)
+        return hidden if now.edits is None else now.edits.onto(hidden, self.entrance.fill, now.mask)
 
 
 def _run(engine: Engine, *args: Any, **kwargs: Any) -> Any:

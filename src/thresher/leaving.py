@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thresher.exits import Exit, TokEEExit
+from thresher.exits import Exit, SettledStatesExit, TokEEExit
 from thresher.exits.base import Memory
 from thresher.frozen import Asking
-from thresher.outputs import Edits
+from thresher.outputs import Edits, Handed
 from thresher.packed import PackedTokens
 from thresher.policy import Trace
 
@@ -50,7 +50,6 @@ class Leaving:
             return tokens
         for row in out:
             trace.exited_at[row] = layer
-        numbers = tokens.layout.numbers
         if self.simulated:
             self.gone.update(out)
             index = torch.tensor(out, device=said.device)
@@ -59,13 +58,24 @@ class Leaving:
             index = torch.arange(len(out), device=said.device)
         else:
             index = torch.nonzero_static(leaving, size=len(out)).squeeze(1)
-        self.edits.left.append((index if numbers is None else numbers[index], said[index]))
+        places = out if self.simulated else [place for place, leaves in enumerate(flags) if leaves]
+        self.answer(layer, tokens, places, index, said)
         if self.simulated or self.over:
             return tokens
         if self._remembered is not None:
             staying = torch.nonzero_static(~leaving, size=len(flags) - len(out)).squeeze(1)
             self._remembered = tuple(one[staying] for one in self._remembered)
         return self._without(tokens, leaving, flags)
+
+    def answer(self, layer: int, tokens: PackedTokens, places: list[int], index: Tensor, said: Tensor) -> None:
+        """Note what rows that leave after `layer` answer. places: those of the rows in `tokens`; index: the same, [K] int64.
+        said: of every row of `tokens`."""
+        self.edits.left.append((self._rows_at(tokens, index), said[index]))
+
+    def _rows_at(self, tokens: PackedTokens, index: Tensor) -> Tensor:
+        """[K], the rows of the input at some places in `tokens`."""
+        numbers = tokens.layout.numbers
+        return index if numbers is None else numbers[index]
 
     def layer_ran(self, read: list[int]) -> None:
         """Note which tokens asked in a layer. read: of each row of the input the tokens that were attended to."""
@@ -95,6 +105,26 @@ class Leaving:
     def _without(self, tokens: PackedTokens, leaving: Tensor, flags: list[bool]) -> PackedTokens:
         self._there = [row for row, leaves in zip(self._there, flags, strict=True) if not leaves]
         return tokens.without(leaving, flags)
+
+
+class Handing(Leaving):
+    """Rows of an encoder without a head: what they answer are their tokens' states."""
+
+    exit: SettledStatesExit
+
+    def answer(self, layer: int, tokens: PackedTokens, places: list[int], index: Tensor, said: Tensor) -> None:
+        layout, rows = tokens.layout, self._rows_at(tokens, index)
+        leave = torch.zeros_like(layout.lengths, dtype=torch.bool).index_fill(0, index, True)
+        theirs = layout.spread(leave).expand(len(layout.positions))
+        if tokens.alive is not None:
+            found = (theirs & tokens.alive).nonzero().squeeze(1)
+        else:
+            found = torch.nonzero_static(theirs, size=sum(layout.sizes[place] for place in places)).squeeze(1)
+        states = tokens.hidden[found]
+        flat = layout.flat[found]
+        self.edits.handed.append(Handed(rows, flat, self.exit.changed(layer, states)))
+        if self.trace.record:
+            self.trace.handed.append((layer, rows, flat, states))
 
 
 class Freezing(Leaving):
@@ -162,8 +192,12 @@ class Freezing(Leaving):
 
 def leaving_by(exit: Exit[Any], edits: Edits, trace: Trace, *, simulated: bool) -> Leaving:
     """What keeps the rows of one pass, packed just now, for this exit."""
-    kind = Freezing if isinstance(exit, TokEEExit) else Leaving
+    kind: type[Leaving] = Leaving
+    if isinstance(exit, TokEEExit):
+        kind = Freezing
+    elif isinstance(exit, SettledStatesExit):
+        kind = Handing
     return kind(exit, edits, trace, simulated=simulated)
 
 
-__all__ = ["Freezing", "Leaving", "leaving_by"]
+__all__ = ["Freezing", "Handing", "Leaving", "leaving_by"]

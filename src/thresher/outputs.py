@@ -18,6 +18,20 @@ from transformers.loss.loss_utils import (
 )
 
 from thresher.exits import NO_ANSWER
+from thresher.packed import Fill
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What rows that left together hand out, of an encoder without a head: [T, D] states.
+
+    rows: [K] int64 of the input. flat: [T] int64 indices into B * N of their tokens.
+    """
+
+    rows: Tensor
+    flat: Tensor
+    states: Tensor
+
 
 SPANS, CLASSES = ("start_logits", "end_logits"), ("logits",)
 
@@ -30,11 +44,13 @@ class Edits:
     left: the rows that left together [K] and their answers, [K, C], [K, N, 2] or [K, N, C] (where NO_ANSWER stands for
         columns without a token, of which the head has the last word).
     frozen: flat indices into B * N of tokens that froze together [K] and their answers [K, C].
+    handed: the states of rows that left together.
     """
 
     silent: list[Tensor] = field(default_factory=list)
     left: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     frozen: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    handed: list[Handed] = field(default_factory=list)
 
     @property
     def early(self) -> bool:
@@ -54,6 +70,24 @@ class Edits:
         for flat, said in self.frozen:
             logits = logits.flatten(0, 1).index_copy(0, flat, said.to(logits.dtype)).view_as(logits)
         return logits
+
+    def onto(self, hidden: Tensor, fill: Fill, mask: Tensor | None) -> Tensor:
+        """The states that an encoder ends with, [B, N, D], with those of the rows that left in their places.
+
+        fill, mask: as `PackedTokens.restore` takes them.
+        """
+        batch, width, size = hidden.shape
+        for one in self.handed:
+            if fill == "mean":
+                place = one.flat // width
+                total = hidden.new_zeros(batch, size).index_add(0, place, one.states)
+                count = hidden.new_zeros(batch).index_add(0, place, torch.ones_like(place, dtype=hidden.dtype))
+                means = (total[one.rows] / count[one.rows].unsqueeze(1)).unsqueeze(1).expand(-1, width, -1)
+                if mask is not None:
+                    means = means * mask[one.rows].unsqueeze(2).to(means.dtype)
+                hidden = hidden.index_copy(0, one.rows, means)
+            hidden = hidden.reshape(-1, size).index_copy(0, one.flat, one.states).view(batch, width, size)
+        return hidden
 
 
 _edits: ContextVar[Edits | None] = ContextVar("thresher_edits", default=None)

@@ -85,6 +85,8 @@ class Trace:
     exited_at: for each row, the layer after which it left early; the number of layers where the answer is the head's own.
     asked: for each layer with an exit's branch, the tokens of each row that it read.
     branches: what each branch said, [B, C], [B, N, 2] or [B, N, C], kept while an exit is trained.
+    handed: (layer, rows, flat index of their tokens, states) of rows of an encoder without a head that left after it, kept when
+        `record` is set.
     """
 
     record: bool = False
@@ -99,6 +101,7 @@ class Trace:
     branches: list[Tensor] = field(default_factory=list)
     asking: list[list[int]] = field(default_factory=list)
     frozen: list[tuple[int, Tensor]] = field(default_factory=list)
+    handed: list[tuple[int, Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     def add(self, name: str, value: Tensor) -> None:
         self.auxiliary.setdefault(name, []).append(value)

@@ -18,7 +18,14 @@ from thresher.exits.certain import (
     FastBERT,
     FastBERTExit,
 )
-from thresher.exits.settled import PABEE, PABEEExit, SettledSpan, SettledSpanExit
+from thresher.exits.settled import (
+    PABEE,
+    PABEEExit,
+    SettledSpan,
+    SettledSpanExit,
+    SettledStates,
+    SettledStatesExit,
+)
 from thresher.exits.tags import SENTEE, SENTEEExit, TokEE, TokEEExit
 from thresher.policy import Geometry
 
@@ -29,6 +36,7 @@ EXITS: dict[type[ExitConfig], type[Exit[Any]]] = {
     PABEE: PABEEExit,
     SENTEE: SENTEEExit,
     SettledSpan: SettledSpanExit,
+    SettledStates: SettledStatesExit,
     TokEE: TokEEExit,
 }
 
@@ -72,6 +80,8 @@ __all__ = [
     "FastBERT",
     "Head",
     "SettledSpan",
+    "SettledStates",
+    "SettledStatesExit",
     "TokEE",
     "TokEEExit",
     "build_exit",

@@ -17,7 +17,7 @@ from thresher.packed import PackedTokens
 from thresher.policy import Batch, Geometry, Stage, Trace
 from thresher.settings import Settings
 
-Kind = Literal["classes", "labels", "value", "span", "tags"]
+Kind = Literal["classes", "labels", "value", "span", "tags", "states"]
 Memory = tuple[Tensor, ...]  # what a rule knows of each row from the layers before, [B, ...] each
 
 SERVED = "ForSequenceClassification, ForTokenClassification or ForQuestionAnswering"
@@ -25,8 +25,8 @@ SERVED = "ForSequenceClassification, ForTokenClassification or ForQuestionAnswer
 
 @dataclass(frozen=True)
 class Head:
-    """What a model's head says of a row: one of several classes, any of several labels, one value, a span of its tokens, or a
-    tag of every token.
+    """What a model's head says of a row: one of several classes, any of several labels, one value, a span of its tokens, a
+    tag of every token; or, of an encoder that has none, the states of its tokens.
 
     outputs: numbers it says. sigmoid: whether its one value is the logit of a probability.
     """
@@ -39,6 +39,8 @@ class Head:
 def head_of(model: PreTrainedModel) -> Head:
     """Raises OptionError for a head that no exit can answer for."""
     name, config = type(model).__name__, model.config
+    if model.base_model is model:
+        return Head("states", config.hidden_size)
     if name.endswith("ForQuestionAnswering"):
         return Head("span", 2)
     if name.endswith("ForTokenClassification"):
@@ -47,7 +49,8 @@ def head_of(model: PreTrainedModel) -> Head:
         return Head("tags", config.num_labels or 0)
     if not name.endswith("ForSequenceClassification"):
         raise OptionError(
-            f"An early exit answers in place of a head for whole inputs, spans or tags ({SERVED}), and {name} has none."
+            f"An early exit answers in place of a head for whole inputs, spans or tags ({SERVED}), or hands out what an "
+            f"encoder without a head ends with, and {name} is none of these."
         )
     several = config.problem_type == "multi_label_classification"
     if config.num_labels == 1:
@@ -190,6 +193,10 @@ class Exit(nn.Module, Generic[ConfigT]):
         """One branch's work for a row of n tokens (a multiply-add is 2)."""
         raise NotImplementedError
 
+    def leaving_flops(self, n: int) -> int:
+        """What is done once more for a row of n tokens when it leaves."""
+        return 0
+
 
 def _named(kinds: tuple[Kind, ...]) -> str:
     names = {
@@ -198,6 +205,7 @@ def _named(kinds: tuple[Kind, ...]) -> str:
         "value": "heads of one label (values, probabilities)",
         "span": "question-answering heads",
         "tags": "tagging heads",
+        "states": "encoders without a head",
     }
     return ", ".join(names[kind] for kind in kinds)
 

@@ -118,3 +118,34 @@ class SpanBranch(nn.Module):
     @staticmethod
     def flops(n: int, size: int) -> int:
         return 4 * n * size
+
+
+class StateBranch(nn.Module):
+    """What the layers to come would still change, as one linear map of a state, added to it: [T, D] → [T, D] by `changed`.
+
+    Called with the tokens it says the vector that is watched, [B, D]: the mean of a row's changed states, or the first one.
+    New, it changes nothing.
+    """
+
+    def __init__(self, size: int, pooling: str) -> None:
+        super().__init__()
+        self.pooling = pooling
+        self.change = nn.Linear(size, size)
+        nn.init.zeros_(self.change.weight)
+        nn.init.zeros_(self.change.bias)
+
+    def changed(self, states: Tensor) -> Tensor:
+        return states + self.change(states)  # type: ignore[no-any-return]
+
+    def forward(self, tokens: PackedTokens) -> Tensor:
+        if self.pooling == "first":
+            return self.changed(first_states(tokens))
+        hidden, lengths = tokens.hidden, tokens.lengths
+        if tokens.alive is not None:
+            hidden = hidden * tokens.alive.unsqueeze(1).to(hidden.dtype)
+        # The map is linear: that of the mean is the mean of the map.
+        return self.changed(sum_in_rows(hidden, tokens.layout) / lengths.unsqueeze(1).to(hidden.dtype))
+
+    @staticmethod
+    def flops(size: int) -> int:
+        return 2 * size * size

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thresher.errors import OptionError
+from thresher.errors import OptionError, nearest
 from thresher.exits.base import TOGETHER, Exit, ExitConfig, Kind, Memory, from_answers, rising
-from thresher.exits.branches import NO_ANSWER, LinearBranch, SpanBranch
+from thresher.exits.branches import NO_ANSWER, LinearBranch, SpanBranch, StateBranch
 from thresher.exits.certain import labels_of
 from thresher.policy import Batch, Stage
+
+Pooling = Literal["mean", "first"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,32 @@ class SettledSpan(SettledExit):
 
     method: ClassVar[str] = "settled-span"
     serves: ClassVar[tuple[Kind, ...]] = ("span",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettledStates(SettledExit):
+    """For embedders, and for the query of a scorer: leave when the row's vector has turned by at most `tolerance` (1 - cosine)
+    for `patience` layers. PABEE's rule, for what has no label to stay the same.
+
+    pooling: what the row's vector is, the "mean" of its states or the "first" one: what the embedder makes of them.
+    A branch is a linear map that stands in for the layers to come; it learns the vector that the model ends with. What a row
+    that leaves hands out are its tokens' states under that map; to a layer that somebody else reads it hands those that it has.
+    """
+
+    method: ClassVar[str] = "settled-states"
+    serves: ClassVar[tuple[Kind, ...]] = ("states",)
+    at_run_time: ClassVar[tuple[str, ...]] = ("patience", "tolerance", "strength")
+    exports: ClassVar[bool] = False  # an exported chain ends with answers, not with states
+    patience: int | None = 1
+    tolerance: float = 0.05
+    pooling: Pooling = "mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.tolerance <= 2.0:
+            raise OptionError(f"tolerance is of 1 - cosine and lies between 0 and 2, not {self.tolerance!r}.")
+        if self.pooling not in (known := get_args(Pooling)):
+            raise OptionError(f"There is no pooling {self.pooling!r}{nearest(str(self.pooling), known)}")
 
 
 SettledT = TypeVar("SettledT", bound=SettledExit)
@@ -149,3 +178,38 @@ class SettledSpanExit(PatientExit[SettledSpan]):
             wanted = torch.where(said == NO_ANSWER, NO_ANSWER, outputs.detach().float())
             total.append(from_answers(said.transpose(1, 2).flatten(0, 1), wanted.transpose(1, 2).flatten(0, 1)))
         return torch.stack(total).sum()
+
+
+class SettledStatesExit(PatientExit[SettledStates]):
+    """Settled vectors, a linear map of the states, self-distillation."""
+
+    def branch(self) -> nn.Module:
+        return StateBranch(self.geometry.hidden, self.config.pooling)
+
+    def check(self, config: SettledStates) -> None:
+        super().check(config)
+        if config.pooling != self.config.pooling:
+            raise OptionError(f"The branches learned the {self.config.pooling} state of a row; train them for another.")
+
+    def overhead_flops(self, n: int) -> int:
+        return StateBranch.flops(self.geometry.hidden)
+
+    def leaving_flops(self, n: int) -> int:
+        return n * StateBranch.flops(self.geometry.hidden)
+
+    def changed(self, layer: int, states: Tensor) -> Tensor:
+        """[T, D] → [T, D], the states after `layer` as they would be at the end."""
+        branch: Any = self.branches[layer - 1]
+        changed: Tensor = branch.changed(states.to(branch.change.weight.dtype))
+        return changed.to(states.dtype)
+
+    def answer(self, said: Tensor) -> Tensor:
+        return said
+
+    def same(self, now: Tensor, last: Tensor) -> Tensor:
+        return 1.0 - F.cosine_similarity(now, last, dim=-1) <= self.config.tolerance * self.config.strength
+
+    def loss(self, branches: list[Tensor], outputs: Tensor, batch: Batch) -> Tensor:
+        """The sum over branches of 1 - cosine."""
+        wanted = outputs.detach().float()
+        return torch.stack([(1.0 - F.cosine_similarity(said, wanted, dim=-1)).mean() for said in branches]).sum()

@@ -30,6 +30,10 @@ def flops(
     for asked in trace.asked:
         for row, n in enumerate(asked):
             totals[row] += exit.overhead_flops(n) if exit is not None and n else 0
+    for row, layer in enumerate(trace.exited_at if exit is not None else ()):
+        if layer < geometry.layers and trace.asked:
+            assert exit is not None
+            totals[row] += exit.leaving_flops(trace.asked[layer - 1][row])
     entering = trace.original
     for layer, (reads, feeds) in enumerate(trace.reads, start=1):
         asking = trace.asking[layer - 1] if trace.asking else None

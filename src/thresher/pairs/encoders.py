@@ -32,8 +32,8 @@ def open_encoder(
     """The attached encoder in a directory (or of a hub name), in eval mode, and its tokenizer.
 
     logits: where `source` is a model for sequence classification with so many, it keeps its head; None: never.
-    policy: one that needs no training. None: what `source` was saved with, as it was trained: its policy, and beside a head
-        that is kept its early exit.
+    policy: one that needs no training. None: what `source` was saved with, as it was trained: its policy, and its early exit,
+        unless that answers in place of a head that is not kept.
     Raises CheckpointError where nothing can be loaded from `source`, OptionError for a policy that knows nothing before it is
     trained, or does not fit the encoder.
     """
@@ -68,19 +68,20 @@ def _attach_saved(encoder: PreTrainedModel, path: Path, *, headed: bool) -> None
     if saved is None:
         attach(encoder)
         return
-    if saved.exit is not None and not headed:
+    exit = saved.exit if headed or (saved.exit is not None and "states" in saved.exit.serves) else None
+    if exit is not saved.exit:
         warnings.warn(
             f"The early exit that {path} was saved with is left out: it looks at what the model's head says, and this scorer "
             "reads the encoder without that head.",
             stacklevel=4,
         )
     try:
-        attach(encoder, saved.config, exit=saved.exit if headed else None)
+        attach(encoder, saved.config, exit=exit)
     except OptionError as error:
         raise checkpoint.mismatch(path, error) from error
     if saved.config is not None:
         saved.load_policy(policy_of(encoder))
-    if saved.exit is not None and headed:
+    if exit is not None:
         saved.load_exit(exit_of(encoder))
 
 

@@ -39,7 +39,7 @@ def pair_flops(scorer: Scorer[Any], query: Text, candidates: Cache | Sequence[Te
     rows, _ = scorer.query_rows([query])
     with scorer.answering(), passes() as read:
         (asked,) = scorer.ask(rows)
-    left = read[-1].reads[-1][1][0] if read and read[-1].reads else 0
+    left = _left(read[-1]) if read else 0
     reading = _of(scorer, read) + scorer.ask_flops(asked.states, left)
     matching = 0
     with scorer.answering():
@@ -51,6 +51,14 @@ def pair_flops(scorer: Scorer[Any], query: Text, candidates: Cache | Sequence[Te
             else:
                 matching += scorer.match_flops(asked.states, block)
     return PairFlops(reading, matching + 2 * scorer.config.lexical * len(cache))
+
+
+def _left(trace: Trace) -> int:
+    """Tokens of the one row that it ends with, or leaves with."""
+    if not trace.reads:
+        return 0
+    last = trace.exited_at[0]
+    return trace.asked[last - 1][0] if last < len(trace.reads) else trace.reads[-1][1][0]
 
 
 def _of(scorer: Scorer[Any], traces: Sequence[Trace]) -> int:

@@ -56,7 +56,7 @@ class _Enough(Exception):
 
 
 class _Capture:
-    """Collects states during one pass. mask: [B, N] bool, real tokens."""
+    """Collects states during one pass. mask: [B, N] bool, real tokens. traces: of a pass in which tokens drop or rows leave."""
 
     def __init__(self, layers: Collection[int], mask: Tensor, stop: bool) -> None:
         self.layers = frozenset(layers)
@@ -80,12 +80,33 @@ class _Capture:
             padded = len(self.mask) > 1 and len(hidden) == len(self.mask)
             packed = hidden[self.mask] if padded else hidden[0]
             alive = self.alive()
-            sizes = alive.sum(1).tolist()
-            if len(packed) != sum(sizes):  # drops are simulated: what is gone still lies there
-                packed = packed[alive[self.mask]]
-            self.found[layer] = States(packed, sizes)
+            there = alive.clone()
+            for _, rows, _, _ in self._handed():
+                there[rows] = False
+            if len(packed) != int(there.sum()):  # drops are simulated: what is gone still lies there
+                packed = packed[there[self.mask]]
+            self.found[layer] = self._with_handed(packed, there, alive)
         if layer == self.stop:
             raise _Enough
+
+    def finish(self) -> dict[int, States]:
+        """What enters each of the layers, also of those that nobody was left to run."""
+        for layer in self.layers - set(self.found):
+            alive = self.alive()
+            self.found[layer] = self._with_handed(self._handed()[0][3][:0], torch.zeros_like(alive), alive)
+        return self.found
+
+    def _handed(self) -> list[tuple[int, Tensor, Tensor, Tensor]]:
+        return self.traces[-1].handed if self.traces else []
+
+    def _with_handed(self, packed: Tensor, there: Tensor, alive: Tensor) -> States:
+        """packed: the states of the tokens `there`; those of rows that left lie where they were."""
+        sizes = alive.sum(1).tolist()
+        if not self._handed():
+            return States(packed, sizes)
+        _, _, flat, states = zip(*self._handed(), strict=True)
+        places = torch.cat([there.view(-1).nonzero().squeeze(1), *flat])
+        return States(torch.cat([packed, *states])[places.argsort()], sizes)
 
 
 _watched: ContextVar[list[Trace] | None] = ContextVar("thresher_reading", default=None)
@@ -139,13 +160,13 @@ def read(
     vectors: [k, E], input embeddings put before every row.
     entering: layers (from 1) whose input is wanted; `watch` must have been called. last: False stops before the layer after
         the last of these.
-    reduced: whether the encoder's policy may drop tokens here.
+    reduced: whether the encoder's policy may drop tokens here, and its exit let rows leave.
     """
     device = encoder.device
     inputs, mask = _inputs(encoder, rows, types, vectors)
     capture = _Capture(entering, mask, stop=not last)
-    policy = attachment_of(encoder).policy
-    drops = reduced and policy is not None and policy.mode != "off"
+    policy, exit = attachment_of(encoder).policy, attachment_of(encoder).exit
+    drops = reduced and ((policy is not None and policy.mode != "off") or (exit is not None and not exit.idle))
     watched = _watched.get()
     with contextlib.ExitStack() as stack:
         if drops or watched is not None:
@@ -158,13 +179,13 @@ def read(
         try:
             outputs = encoder(**{name: value.to(device) for name, value in inputs.items()})
         except _Enough:
-            return Reading(entering=capture.found)
+            return Reading(entering=capture.finish())
         finally:
             _capturing.reset(token)
     if "logits" in outputs:
-        return Reading(None, capture.found, outputs.logits)
+        return Reading(None, capture.finish(), outputs.logits)
     alive = capture.alive()
-    return Reading(States(outputs.last_hidden_state[alive], alive.sum(1).tolist()), capture.found)
+    return Reading(States(outputs.last_hidden_state[alive], alive.sum(1).tolist()), capture.finish())
 
 
 def _inputs(
