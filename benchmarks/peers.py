@@ -56,7 +56,14 @@ def options() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = options().parse_args()
+    parser = options()
+    args = parser.parse_args()
+    for name, place in (
+        ("--start", args.start / "config.json"),
+        ("--method", args.method and args.method / "thresher.json"),
+    ):
+        if place and not place.is_file():
+            parser.error(f"{name}: there is no {place}; give the directory of a saved model.")
     # OpenMP and the loaders of the libraries read these once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

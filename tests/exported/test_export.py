@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,34 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path: Path) -
         with pytest.raises(DataError, match=message):
             thresher.export(thresher.attach(make("bert"), "ltp"), where, rows=rows)
         assert not where.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "warns"),
+    [
+        ("flags\t\t: fpu avx2 fma", True),
+        ("flags\t\t: fpu avx512_vnni", False),
+        ("flags : avx_vnni", False),
+        ("Features\t: fp asimddp", False),
+        ("nothing told", False),
+        (None, False),
+    ],
+)
+def test_an_int8_graph_says_where_the_processor_is_not_made_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str | None, warns: bool
+) -> None:
+    thresher.export(thresher.attach(make("bert", layers=1)), tmp_path / "int8", int8=True)
+    thresher.export(thresher.attach(make("bert", layers=1)), tmp_path / "float")
+    told = tmp_path / "cpuinfo"
+    if flags is not None:
+        told.write_text(f"processor\t: 0\n{flags}\n")
+    monkeypatch.setattr("thresher.exported.sessions.PROCESSOR", told)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        thresher.Runner(tmp_path / "int8").answers([{"input_ids": [2, 5, 3]}])
+        seen = len(said)
+        thresher.Runner(tmp_path / "float")
+    assert len(said) == seen == warns
 
 
 def test_int8_where_the_processor_is_not_made_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

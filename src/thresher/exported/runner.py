@@ -6,6 +6,7 @@ runtime (`pip install "thresher[onnx]"`).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from thresher.errors import DataError, OptionError, ThresherError
 from thresher.exported import directory as files
-from thresher.exported.sessions import Session, cores, open_session
+from thresher.exported.sessions import Session, cores, has_int8_instructions, open_session
 from thresher.measure.layer import Sizes, layer_flops
 
 Text = str | tuple[str, str]
@@ -44,7 +45,7 @@ class Runner:
     workers: sequences run at a time, one a core; None for the cores this process may use.
 
     Raises CheckpointError for a directory that is incomplete or has changed, ThresherError when the runtime is not
-    installed.
+    installed; warns where int8 is to run on a processor that is not made for it.
     """
 
     def __init__(self, path: str | Path, *, workers: int | None = None) -> None:
@@ -53,6 +54,12 @@ class Runner:
         if workers is not None and (not isinstance(workers, int) or workers < 1):
             raise OptionError(f"workers must be a whole number of at least 1, not {workers!r}.")
         self.workers = cores() if workers is None else workers
+        if self.manifest.int8 and has_int8_instructions() is False:
+            warnings.warn(
+                f"This processor has no int8 dot-product instructions: {self.path} works, but may be no faster than float32, "
+                "and rounds otherwise than where it was exported. Evaluate it here, or export it anew.",
+                stacklevel=2,
+            )
         self._sessions: dict[int, list[Session]] = {}
         self._tokenizer: Any = None
 

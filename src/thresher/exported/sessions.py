@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from thresher.errors import CheckpointError, ThresherError, first_line
 from thresher.exported.directory import Runtime
 
+PROCESSOR = Path("/proc/cpuinfo")
+
 Session = Callable[[dict[str, NDArray[np.int64]]], Sequence[NDArray[Any]]]
 
 
@@ -89,4 +91,14 @@ def cores() -> int:
         return os.cpu_count() or 1
 
 
-__all__ = ["Session", "cores", "open_session", "require"]
+def has_int8_instructions() -> bool | None:
+    """Whether the processor multiplies int8 exactly and fast (VNNI of x86, dot product of ARM); None where the system does not
+    tell. Asked without torch."""
+    try:
+        words = set(PROCESSOR.read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        return None
+    return bool(words & {"avx512_vnni", "avx_vnni", "asimddp"}) if words & {"flags", "Features"} else None
+
+
+__all__ = ["Session", "cores", "has_int8_instructions", "open_session", "require"]
