@@ -124,6 +124,9 @@ def test_a_cross_encoder_keeps_the_exit_of_a_fitted_model(tmp_path: Path, policy
         assert (model(**asked).logits - logits).abs().max() > 1e-3
     made.save(tmp_path / "saved")
     torch.testing.assert_close(load(tmp_path / "saved").predict(pairs), made.predict(pairs))
+    other = SCORERS["cross"].from_encoder(tmp_path, classes=2, policy="random")
+    assert thresher.policy_of(other.encoder).config.method == "random"
+    assert thresher.exit_of(other.encoder).config == thresher.exit_of(made.encoder).config
     for kind, settings in (("dual", {}), ("cross", {"classes": 3})):
         with pytest.warns(UserWarning, match="exit .* is left out: it looks at what the model's head says"):
             SCORERS[kind].from_encoder(tmp_path, **settings)

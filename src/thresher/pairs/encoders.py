@@ -32,18 +32,14 @@ def open_encoder(
     """The attached encoder in a directory (or of a hub name), in eval mode, and its tokenizer.
 
     logits: where `source` is a model for sequence classification with so many, it keeps its head; None: never.
-    policy: one that needs no training. None: what `source` was saved with, as it was trained: its policy, and its early exit,
-        unless that answers in place of a head that is not kept.
+    policy: one that needs no training. None: what `source` was saved with, as it was trained. Its early exit is kept, unless
+        that answers in place of a head that is not.
     Raises CheckpointError where nothing can be loaded from `source`, OptionError for a policy that knows nothing before it is
     trained, or does not fit the encoder.
     """
     kind = AutoModelForSequenceClassification if logits and _has_head(opened(AutoConfig, source), logits) else AutoModel
     encoder, tokenizer = opened(kind, source).eval(), opened(AutoTokenizer, source)
-    if policy is None:
-        _attach_saved(encoder, Path(source).expanduser(), headed=kind is not AutoModel)
-    else:
-        attach(encoder, policy)
-        _refuse_untrained(policy_of(encoder))
+    _attach_saved(encoder, Path(source).expanduser(), policy, headed=kind is not AutoModel)
     return encoder, tokenizer
 
 
@@ -63,26 +59,31 @@ def opened(kind: Any, source: Any) -> Any:
     return loaded(lambda: kind.from_pretrained(source), source, "an encoder with its tokenizer")
 
 
-def _attach_saved(encoder: PreTrainedModel, path: Path, *, headed: bool) -> None:
+def _attach_saved(encoder: PreTrainedModel, path: Path, policy: PolicyConfig | str | None, *, headed: bool) -> None:
+    """Attach what was saved, or `policy` in place of the saved one."""
     saved = checkpoint.read(path) if (path / checkpoint.SETTINGS).is_file() else None
-    if saved is None:
-        attach(encoder)
-        return
-    exit = saved.exit if headed or (saved.exit is not None and "states" in saved.exit.serves) else None
-    if exit is not saved.exit:
-        warnings.warn(
-            f"The early exit that {path} was saved with is left out: it looks at what the model's head says, and this scorer "
-            "reads the encoder without that head.",
-            stacklevel=4,
-        )
-    try:
-        attach(encoder, saved.config, exit=exit)
-    except OptionError as error:
-        raise checkpoint.mismatch(path, error) from error
-    if saved.config is not None:
-        saved.load_policy(policy_of(encoder))
-    if exit is not None:
-        saved.load_exit(exit_of(encoder))
+    if saved is None or (policy is not None and saved.exit is None):
+        attach(encoder, policy)
+    else:
+        exit = saved.exit if headed or (saved.exit is not None and "states" in saved.exit.serves) else None
+        if exit is not saved.exit:
+            warnings.warn(
+                f"The early exit that {path} was saved with is left out: it looks at what the model's head says, and this "
+                "scorer reads the encoder without that head.",
+                stacklevel=4,
+            )
+        try:
+            attach(encoder, saved.config if policy is None else policy, exit=exit)
+        except OptionError as error:
+            if policy is not None:
+                raise
+            raise checkpoint.mismatch(path, error) from error
+        if policy is None and saved.config is not None:
+            saved.load_policy(policy_of(encoder))
+        if exit is not None:
+            saved.load_exit(exit_of(encoder))
+    if policy is not None:
+        _refuse_untrained(policy_of(encoder))
 
 
 def _refuse_untrained(policy: Policy[Any]) -> None:
