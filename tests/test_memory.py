@@ -11,6 +11,7 @@ import sys
 import pytest
 
 import thresher
+from thresher.memory import give_back_memory
 
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 
@@ -57,3 +58,36 @@ def test_no_library_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ctypes, "CDLL", refuse)
     assert thresher.keep_memory() is False
+
+
+# What is kept lies between what lives, so that nothing but asking for it gives it back.
+GAPS = """
+import sys, torch, thresher
+from thresher.memory import give_back_memory
+thresher.keep_memory()
+def resident():
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS"))) // 1024
+large, small = [], []
+for _ in range(40):
+    large.append(torch.ones(2_000_000))
+    small.append(torch.ones(20_000))
+before = resident()
+large.clear()
+kept = resident()
+give_back_memory()
+print(before - kept, kept - resident())
+"""
+
+
+@glibc
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system does not say")
+def test_gaps_are_given_back_when_asked() -> None:
+    done = subprocess.run([sys.executable, "-c", GAPS], capture_output=True, text=True, check=True)
+    at_once, asked = map(int, done.stdout.split())
+    assert at_once < 50  # megabytes, of about 300
+    assert asked > 200
+
+
+def test_another_c_library_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    give_back_memory()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 # mallopt's parameters (malloc.h), and more than a layer ever asks for at once.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
@@ -19,12 +20,27 @@ def keep_memory() -> bool:
 
     Returns whether it was done: not where the C library is another one (macOS, Windows, Alpine).
     """
-    try:
-        library = ctypes.CDLL(None)
-        _ = library.gnu_get_libc_version
-    except (AttributeError, OSError, TypeError):  # the last where there is no library of the process itself (Windows)
+    library = _glibc()
+    if library is None:
         return False
     return bool(library.mallopt(MMAP_THRESHOLD, LARGE)) and bool(library.mallopt(TRIM_THRESHOLD, LARGE))
 
 
-__all__ = ["keep_memory"]
+def give_back_memory() -> None:
+    """Give free memory back to the system, once: between pieces of long work, whose many sizes leave gaps that nothing that
+    comes later fits into. Does nothing where the C library is another one."""
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(0)
+
+
+def _glibc() -> Any:
+    try:
+        library = ctypes.CDLL(None)
+        _ = library.gnu_get_libc_version
+    except (AttributeError, OSError, TypeError):  # the last where there is no library of the process itself (Windows)
+        return None
+    return library
+
+
+__all__ = ["give_back_memory", "keep_memory"]

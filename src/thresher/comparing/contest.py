@@ -22,6 +22,7 @@ from thresher.comparing.standings import Standing, Target, Worth, apply
 from thresher.errors import TargetError
 from thresher.frontier import NOTE, Frontier, frontier_of
 from thresher.measure.run import Run, run, run_packed
+from thresher.memory import give_back_memory
 from thresher.model import attach, attachment_of, find_encoder, load, save, set_exit
 from thresher.policy import Stage
 from thresher.training import fit
@@ -268,6 +269,7 @@ class Contest:
             except TargetError as error:
                 kept.missed[target.key] = str(error)
             kept.write()
+            give_back_memory()
 
     def _best(self, one: Contestant, model: Any, target: Target, kept: Kept, *, exact: bool) -> Standing:
         """Of a union, which can share a target out in several ways, what is best on the rows for choosing.

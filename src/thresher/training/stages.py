@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from thresher.errors import DataError, OptionError, ThresherError
+from thresher.memory import give_back_memory
 from thresher.model import attachment_of, find_encoder
 from thresher.policy import Policy, Stage
 from thresher.targets import check_labels, check_tokens
@@ -211,6 +212,7 @@ def run_stage(
         last = last_checkpoint(Path(directory)) if resume else None
         result = trainer.train(resume_from_checkpoint=last)
     _refuse_no_numbers(model, stage, settings["learning_rate"])
+    give_back_memory()
     return dict(result.metrics)
 
 
