@@ -343,6 +343,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--chart", type=Path, help="where to draw it; docs/img/long-range.svg unless --dry")
     parser.add_argument("--dry", action="store_true", help="print, record nothing")
     args = parser.parse_args()
+    if not 0.0 < args.fork < 1.0:
+        parser.error(f"--fork is a share of the steps, between 0 and 1, not {args.fork:g}")
     if args.window % 4 or any(tokens % args.window or tokens < 5 * args.window for tokens in (args.tokens, *args.cost)):
         parser.error("--window must be a multiple of 4, and every length a multiple of it and at least five of it.")
     if "bytes" in args.task and args.data_dir is None:

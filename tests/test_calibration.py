@@ -181,9 +181,14 @@ def test_agreement_of_single_values_is_the_share_of_variance() -> None:
         ({"speedup": 2.0, "max_loss": 0.1}, "one target"),
         ({"speedup": 0.5}, "at least 1"),
         ({"max_loss": -0.1}, "at least 0"),
+        ({"speedup": float("nan")}, "a number of at least 1, not nan"),
+        ({"speedup": float("inf")}, "a number of at least 1, not inf"),
+        ({"speedup": "2"}, "a number of at least 1, not '2'"),
+        ({"max_loss": float("nan")}, "a number of at least 0, not nan"),
+        ({"max_loss": "2"}, "a number of at least 0, not '2'"),
     ],
 )
-def test_targets_that_make_no_sense(rows: Any, target: dict[str, float], words: str) -> None:
+def test_targets_that_make_no_sense(rows: Any, target: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionError, match=words):
         calibrate(attached(), rows, **target)
 
@@ -227,3 +232,22 @@ def test_a_loss_is_counted_from_the_reference(rows: Any) -> None:
     quality = lambda predictions: 0.9 if predictions.min() > 50 else 0.4  # noqa: E731
     with pytest.raises(TargetError, match="0.4000"):
         calibrate(model, rows, max_loss=0.1, quality=quality, reference=better)
+
+
+@pytest.mark.parametrize(
+    ("best", "said"), [(3.9962, "4.000x .* 3.996x"), (2.5, "4.00x .* 2.50x"), (3.99998, "4.00000x .* 3.99998x")]
+)
+def test_what_is_reached_never_looks_like_what_was_asked(
+    best: float, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Short:
+        already = False
+
+        def __init__(self) -> None:
+            self.seen = {1.0: calibration.Run(np.zeros(1), (), best)}
+
+        def at(self, strength: float) -> calibration.Run:
+            return self.seen[1.0]
+
+    with pytest.raises(TargetError, match=said):
+        calibration._to_speedup(Short(), 4.0, 0.01)  # type: ignore[arg-type]

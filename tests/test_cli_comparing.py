@@ -194,7 +194,7 @@ def test_bad_rows_are_one_sentence(place: Path, tmp_path: Path) -> None:
         (("--trained-at", 0.5), "must be above 1, not 0.5"),
         (("--speedups", "nan"), "speedups must be above 1, not nan"),
         (("--speedups", ""), "--speedups takes numbers"),
-        (("--speedup", 1), "speedup must be above 1, not 1"),
+        (("--speedup", 1), "speedup must be a number above 1, not 1"),
         (("--speedup", "inf"), "--speedup must be at least 1"),
         (("--max-loss", -1), "--max-loss must be at least 0"),
         (("--limit", 0), "limit on rows must be at least 1"),

@@ -132,13 +132,15 @@ def test_a_plan_stays_inside_its_budget_and_the_trainer_makes_its_steps(passes: 
     assert made.passes == read <= passes
 
 
-@pytest.mark.parametrize(("passes", "drawn"), [(30, 10), (47, 15), (60, None), (12, 5)])
+@pytest.mark.parametrize(("passes", "drawn"), [(30, 10), (47, 15), (60, None)])
 def test_what_is_scheduled_by_epochs_reads_few_rows_often(passes: int, drawn: int | None) -> None:
     soft = Stage(name="soft", mode="soft", epochs=5.0)
     made = plan([soft], lambda _: 1, passes, 20, {"batch_size": 5}, "x", 3)
     assert made.rows == drawn
     assert made.passes <= passes
-    assert np.ceil(made.stages[0].epochs) >= (3 if passes > 12 else 2)
+    assert np.ceil(made.stages[0].epochs) == 3
+    with pytest.raises(OptionError, match="give at least 30, or smaller batches"):
+        plan([soft, soft], lambda _: 1, 29, 20, {"batch_size": 5}, "x", 3)
 
 
 def test_a_pass_of_a_step_that_reads_several_times_counts_each(done: Comparison) -> None:
@@ -161,14 +163,33 @@ def test_a_budget_that_a_method_cannot_be_trained_in_leaves_it_out_before_anythi
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = Trainings(monkeypatch)
-    with pytest.raises(OptionError, match="needs at least 2"):  # epochs, of which 8 passes in a batch are one
+    with pytest.raises(OptionError, match="less than 3 epochs of one batch .* give at least 24"):
         compared(tmp_path, methods=("random", "adapler"), passes=8, clock=None)
     assert seen.done == []
     everyone = contestants(("attention-mass", "adapler"))
     monkeypatch.setattr(import_module("thresher.comparing.recipe"), "contestants", lambda *_: everyone)
     found = compared(tmp_path, methods=None, passes=8, clock=None)
     assert seen.done == ["attention-mass/distil"]
-    assert "needs at least 2" in found.left_out["adapler"]
+    assert "give at least 24, or smaller batches" in found.left_out["adapler"]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"speedup": "2"}, "speedup must be a number above 1, not '2'"),
+        ({"speedup": None, "max_loss": "x"}, "max_loss must be a number of at least 0, not 'x'"),
+        ({"speedup": None, "max_loss": float("nan")}, "max_loss must be a number of at least 0, not nan"),
+        ({"passes": "x"}, "whole numbers of at least 1, not 'x'"),
+        ({"passes": float("nan")}, "whole numbers of at least 1, not nan"),
+        ({"methods": [5]}, "by its name or its settings, not as 5"),
+        ({"methods": "fastbert"}, r"a list of names, such as \['fastbert'\]"),
+        ({"speedups": ("2",)}, "speedups must be above 1"),
+    ],
+)
+def test_arguments_of_a_wrong_kind_are_refused(options: dict[str, Any], match: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=match):
+        compared(tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_short_budget_sharpens_adapler_on_fewer_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

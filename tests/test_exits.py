@@ -684,6 +684,34 @@ def test_exits_of_another_model_are_refused(change: dict[str, int], tmp_path: Pa
         thresher.load(tmp_path)
 
 
+@pytest.mark.parametrize("exit", [None, "fastbert"])
+def test_what_a_method_learned_on_another_model_is_refused(exit: str | None, tmp_path: Path) -> None:
+    thresher.attach(make("bert", layers=4), "ltp", exit=exit).save_pretrained(tmp_path)
+    plain = make("bert", layers=3)
+    plain.config.save_pretrained(tmp_path)
+    plain.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").replace(tmp_path / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"method 'ltp' in .* of other sizes than the model beside it.*thresher fit"
+    ):
+        thresher.load(tmp_path)
+
+
+def test_branches_of_another_width_are_refused(tmp_path: Path) -> None:
+    attached("bert", "fastbert").save_pretrained(tmp_path)
+    file = tmp_path / "thresher.json"
+    settings = json.loads(file.read_text())
+    settings["exit"]["config"]["width"] = 8
+    file.write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="exit 'fastbert' in .* of other sizes"):
+        thresher.load(tmp_path)
+
+
+def test_an_exit_is_no_method() -> None:
+    with pytest.raises(OptionError, match=r"'fastbert' is an early exit: attach\(model, exit='fastbert'\)"):
+        thresher.attach(make("bert"), "fastbert")
+
+
 @pytest.mark.parametrize(
     "broken", [[], {"method": "fastbrt", "config": {}}, {"method": "pabee", "config": {"patience": 0}}, {}]
 )
@@ -835,6 +863,8 @@ def test_the_command_line_fits_and_uses_an_exit(tmp_path: Path) -> None:
     fails("evaluate", plain, data, "--tau", 1, match="no exit")
     fails("evaluate", out, data, "--tau", 2, match="threshold must lie between 0 and 1")
     fails("fit", plain, data, "--out", out, "--exit", "fastbrt", match="did you mean 'fastbert'")
+    fails("fit", plain, data, "--out", out, "--method", "fastbert", match="early exit.*--exit fastbert")
+    fails("fit", plain, data, "--out", out, "--exit", "ltp", match="a method.*--method ltp")
     fails("fit", plain, data, "--out", out, "--set-exit", "width=16", match="--set-exit needs --exit")
     fails("fit", plain, data, "--out", out, "--exit", "pabee", "--set", "threshold=.1", match="--set needs --method")
     alone = ("fit", plain, data, "--out", tmp_path / "o")

@@ -306,6 +306,14 @@ def test_what_it_does_not_serve_is_refused() -> None:
         Prefilter(model(), tokenizer(), keep=0)
     with pytest.raises(OptionError, match="has 3"):
         Prefilter(model(num_labels=3), tokenizer())
+    with pytest.raises(OptionError, match="BertModel has no head"):
+        Prefilter(make("bert", "base"), tokenizer())
+
+
+@pytest.mark.parametrize(("query", "documents"), [(None, ["w5"]), ("w5", "w6 w7"), ("w5", None), (5, ["w6"])])
+def test_ranking_takes_a_query_and_a_list(query: Any, documents: Any) -> None:
+    with pytest.raises(DataError, match="rank takes a query and a list of documents"):
+        Prefilter(model(), tokenizer()).rank(query, documents)
 
 
 def test_a_dual_encoder_reads_no_pairs() -> None:

@@ -282,3 +282,22 @@ def test_what_it_does_not_serve_is_refused() -> None:
     assert policy_of(model).config == thresher.LTP()
     with pytest.raises(OptionError, match="cannot be set to another 'pooling'"):
         thresher.set_exit(model, pooling="first")  # type: ignore[arg-type]
+
+
+def test_the_strength_scales_the_tolerance_alone() -> None:
+    model, inputs = attached("bert"), batch("bert", ROWS)
+    tolerance = exit_of(model).config.tolerance
+    thresher.set_exit(model, tolerance=2 * tolerance, strength=0.5)
+    _, halved = traced(model, inputs)
+    thresher.set_exit(model, tolerance=tolerance)
+    _, given = traced(model, inputs)
+    assert halved.exited_at == given.exited_at
+    assert min(given.exited_at) == 2
+
+
+def test_a_fit_says_which_method_it_takes_off(tmp_path: Path) -> None:
+    model = thresher.attach(make("bert", "base", 4), "attention-mass")
+    options: dict[str, Any] = {"overrides": {"epochs": 1, "batch_size": 16}, "use_cpu": True, "progress": False}
+    rows = dataset(16).remove_columns("labels")
+    with pytest.warns(UserWarning, match="'attention-mass' that the model has is taken off"):
+        thresher.fit(model, None, rows, tokenizer(), tmp_path / "out", exit="settled-states", **options)

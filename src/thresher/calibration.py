@@ -14,6 +14,7 @@ from thresher.errors import OptionError, TargetError
 from thresher.measure.run import Run, run, run_packed
 from thresher.model import attachment_of, exit_of, find_encoder, policy_of, set_config, set_exit
 from thresher.outputs import answers_with_spans
+from thresher.settings import is_number
 from thresher.tasks.given import as_rows
 
 if TYPE_CHECKING:
@@ -65,10 +66,10 @@ def calibrate(
     """
     if (speedup is None) == (max_loss is None):
         raise OptionError("Give calibrate one target: speedup=2.0, or max_loss=0.01.")
-    if speedup is not None and speedup < 1.0:
-        raise OptionError(f"speedup must be at least 1, not {speedup}.")
-    if max_loss is not None and max_loss < 0.0:
-        raise OptionError(f"max_loss must be at least 0, not {max_loss}.")
+    if speedup is not None and not (is_number(speedup) and 1.0 <= speedup < math.inf):
+        raise OptionError(f"speedup must be a number of at least 1, not {speedup!r}.")
+    if max_loss is not None and not (is_number(max_loss) and 0.0 <= max_loss < math.inf):
+        raise OptionError(f"max_loss must be a number of at least 0, not {max_loss!r}.")
     rows = as_rows(rows)
     if len(rows) == 0:
         raise OptionError("Calibration needs at least one row.")
@@ -168,8 +169,10 @@ def _to_speedup(search: _Search, target: float, tolerance: float) -> tuple[float
         low, high = high, high * 2
         if high > STRONGEST:
             best = max(run.speedup for run in search.seen.values())
+            places = next((n for n in (2, 3, 4) if round(best, n) < round(target, n)), 5)
             raise TargetError(
-                f"No setting reaches a FLOPs speedup of {target:.2f}x on these rows; this method reaches {best:.2f}x at most."
+                f"No setting reaches a FLOPs speedup of {target:.{places}f}x on these rows; this method reaches "
+                f"{best:.{places}f}x at most."
             )
     for _ in range(20):
         ratio = search.at(high).speedup / target

@@ -15,7 +15,7 @@ from typing import Any, get_args
 import safetensors.torch
 import transformers
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import nn
 
 from thresher.errors import CheckpointError, OptionError
 from thresher.exits import Exit, ExitConfig, exit_class
@@ -146,11 +146,8 @@ class Saved:
         return getattr(transformers, self.model_class).from_pretrained(self.directory)
 
     def load_policy(self, policy: Policy[Any]) -> None:
-        """Fill a policy built from `config` with what it had learned."""
-        try:
-            policy.load_state_dict({k: v for k, v in self._weights().items() if not k.startswith(OF_EXIT)})
-        except (RuntimeError, SafetensorError) as error:
-            raise mismatch(self.directory, error) from error
+        """Fill a policy built from `config` with what it had learned. Raises CheckpointError where that was for other sizes."""
+        self._fill(policy, "", f"method {policy.config.method!r}")
 
     def load_exit(self, exit: Exit[Any]) -> None:
         """Fill an exit with what it had learned. Raises CheckpointError where it was trained for other sizes."""
@@ -159,14 +156,21 @@ class Saved:
                 f"The exits in {self.directory} were trained for {_said(self.exit_sizes)}, and the model beside them has "
                 f"{_said(exit.sizes)}; train them again (thresher fit)."
             )
+        self._fill(exit, OF_EXIT, f"exit {exit.config.method!r}")
+
+    def _fill(self, module: nn.Module, prefix: str, name: str) -> None:
         try:
-            state = {k.removeprefix(OF_EXIT): v for k, v in self._weights().items() if k.startswith(OF_EXIT)}
-            exit.load_state_dict(state)
+            weights = safetensors.torch.load_file(self.directory / WEIGHTS)
+            state = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(OF_EXIT) is bool(prefix)}
+            sizes = {key: value.shape for key, value in state.items()}
+            if sizes != {key: value.shape for key, value in module.state_dict().items()}:
+                raise CheckpointError(
+                    f"What the {name} in {self.directory} has learned is of other sizes than the model beside it and the "
+                    "settings have; put back the files that were saved together, or train it again (thresher fit)."
+                )
+            module.load_state_dict(state)
         except (RuntimeError, SafetensorError) as error:
             raise mismatch(self.directory, error) from error
-
-    def _weights(self) -> dict[str, Tensor]:
-        return safetensors.torch.load_file(self.directory / WEIGHTS)
 
 
 def _said(sizes: tuple[int, ...]) -> str:

@@ -17,7 +17,7 @@ from thresher.backbones import enter
 from thresher.backbones.heads import remove_noted_heads
 from thresher.engine import Engine, keep_everything, stock
 from thresher.errors import OptionError, ThresherError, UnsupportedModelError, nearest
-from thresher.exits import Exit, ExitConfig, TokEEExit, build_exit, exit_class
+from thresher.exits import EXIT_CONFIGS, Exit, ExitConfig, TokEEExit, build_exit, exit_class
 from thresher.frontier import configured, frontier_of
 from thresher.linears import check_int8
 from thresher.methods import build, config_class
@@ -73,6 +73,8 @@ def attach(
     remove_noted_heads(encoder)
     entrance = enter(encoder)
     if isinstance(policy, str):
+        if policy in EXIT_CONFIGS:
+            raise OptionError(f"{policy!r} is an early exit: attach(model, exit={policy!r}).")
         policy = config_class(policy)()
     built = None if policy is None else build(policy, entrance.geometry)
     if isinstance(exit, str):

@@ -127,17 +127,20 @@ _sink: ContextVar[tuple[list[Trace], bool] | None] = ContextVar("thresher_traces
 
 
 @contextlib.contextmanager
-def tracing(record: bool = False) -> Iterator[list[Trace]]:
+def tracing(record: bool = False, *, passed_on: bool = False) -> Iterator[list[Trace]]:
     """Collect the trace of every forward pass made inside the block, by this thread.
 
-    record: also keep which tokens were dropped where.
+    record: also keep which tokens were dropped where. passed_on: whether a block around this one gets them too, when it ends.
     """
     traces: list[Trace] = []
-    token = _sink.set((traces, record))
+    outer = _sink.get() if passed_on else None
+    token = _sink.set((traces, record or (outer is not None and outer[1])))
     try:
         yield traces
     finally:
         _sink.reset(token)
+        if outer is not None:
+            outer[0].extend(traces)
 
 
 def new_trace() -> Trace:

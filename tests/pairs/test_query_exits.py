@@ -102,12 +102,14 @@ def test_scores_are_the_same_for_queries_read_together_and_alone(kind: str, fami
         asked = made.ask(rows)
         for query, one in zip(QUERIES, asked, strict=True):
             (block,) = cache.blocks(9)
-            alone = torch.tensor(made.score(query, cache))
+            alone = torch.as_tensor(made.score(query, cache))
             torch.testing.assert_close(made.compare(one, block).cpu(), alone, rtol=0, atol=CLOSE)
             with thresher.simulated_drops():
-                torch.testing.assert_close(torch.tensor(made.score(query, cache)), alone, rtol=0, atol=CLOSE)
+                torch.testing.assert_close(torch.as_tensor(made.score(query, cache)), alone, rtol=0, atol=CLOSE)
     thresher.set_exit(made.encoder, strength=0.0)
-    torch.testing.assert_close(torch.tensor(made.score(QUERIES[2], TEXTS)), torch.tensor(plain), rtol=0, atol=CLOSE)
+    torch.testing.assert_close(
+        torch.as_tensor(made.score(QUERIES[2], TEXTS)), torch.as_tensor(plain), rtol=0, atol=CLOSE
+    )
 
 
 @pytest.mark.parametrize("kind", ["mixencoder", "dual", "colbert"])
@@ -142,3 +144,14 @@ def test_a_scorer_keeps_the_exit_of_a_fitted_encoder(
     found = evaluate(again, toy(12))
     assert 0.0 < found.metrics["MRR"] <= 1.0
     assert attachment_of(again.encoder).exit is not None
+
+
+@pytest.mark.parametrize("kind", ["mixencoder", "dual", "cross"])
+def test_a_trace_shows_where_a_query_or_a_pair_leaves(kind: str) -> None:
+    made = scorer(kind, depth=5)
+    leave(made.encoder)
+    cache = made.encode_candidates(TEXTS)
+    with thresher.tracing(record=True) as traces:
+        made.score(QUERY, cache)
+    assert traces
+    assert {layer for trace in traces for layer in trace.exited_at} == {2}

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from thresher.cli.options import DATA, OUTPUT, Device, Json, directory_to_write, place_of
-from thresher.cli.screen import Result, TokenMapView, command, notice, progress_bar
+from thresher.cli.screen import Result, TokenMapView, command, notice, progress_bar, quoted
 from thresher.report.console import table
 
 
@@ -107,7 +107,7 @@ def demo(
         [
             *shown,
             f"The model is in {out / 'model'}, the report in {out / 'report.html'}.",
-            f'Next: thresher explain {out / "model"} --text "…"',
+            f'Next: thresher explain {quoted(out / "model")} --text "…"',
         ],
     )
 

@@ -36,7 +36,7 @@ from thresher.cli.options import (
     place_of,
     stage_overrides,
 )
-from thresher.cli.screen import Interrupted, Result, command, notice, progress_bar
+from thresher.cli.screen import Interrupted, Result, command, notice, progress_bar, quoted
 from thresher.errors import OptionError
 from thresher.report.console import seconds, table
 
@@ -372,5 +372,5 @@ def _shown(found: Comparison, data: str, taken: float) -> list[RenderableType]:
     parts.append(verdict(found))
     parts.append(f"Report: {found.directory / 'comparison.html'}, after {seconds(taken)}.")
     if found.best is not None:
-        parts.append(f"Next: thresher bench {found.best} {data}")
+        parts.append(f"Next: thresher bench {quoted(found.best)} {quoted(data)}")
     return parts

@@ -22,7 +22,7 @@ from thresher.cli.options import (
     assignments,
     directory_to_write,
 )
-from thresher.cli.screen import Result, command, notice
+from thresher.cli.screen import Result, command, notice, quoted
 from thresher.errors import OptionError
 from thresher.report.console import count, size, table
 
@@ -140,7 +140,7 @@ def _result(out: Path, checked: dict[str, float], kind: str, rows: list[Row] | N
         "bytes": taken,
     }
     answers = data is None and kind != "other"
-    follow = f'predict {out} --text "…"' if answers else f"bench {out} {data or 'DATA'}"
+    follow = f'predict {quoted(out)} --text "…"' if answers else f"bench {quoted(out)} {quoted(data or 'DATA')}"
     return Result(
         found,
         [

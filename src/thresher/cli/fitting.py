@@ -46,7 +46,7 @@ from thresher.cli.options import (
     stage_overrides,
 )
 from thresher.cli.resume import resumable
-from thresher.cli.screen import Result, command, notice, progress_bar
+from thresher.cli.screen import Result, command, notice, progress_bar, quoted
 from thresher.errors import OptionError
 from thresher.report.console import count, seconds
 
@@ -369,7 +369,7 @@ def _shown(found: dict[str, Any], data: str, unit: str) -> list[RenderableType]:
         STOCK_IS,
         *([f"Kept the model of epoch {found['epoch']['number']}."] if found["epoch"] else []),
         f"Saved to {out} after {seconds(found['seconds'])}.",
-        f"Next: thresher bench {out} {data}",
+        f"Next: thresher bench {quoted(out)} {quoted(data)}",
     ]
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from thresher.cli.work import Work
 
 STOCK_IS = "Stock is the model before, nothing dropped; FLOPs are without padding on both sides."
+STOCK_IS_THIS = "Stock is this model, nothing dropped; FLOPs are without padding on both sides."
 
 
 def gains(work: Work, truth: Truth | None, stock: np.ndarray, after: np.ndarray) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from thresher.cli.gains import STOCK_IS, checked_rows, gains_table, slower
+from thresher.cli.gains import STOCK_IS_THIS, checked_rows, gains_table, slower
 from thresher.cli.options import (
     DATA,
     AnsweringDirectory,
@@ -109,7 +109,7 @@ def _of_model(opened: Opened, exam: Exam, batch_size: int | None, about: dict[st
         stock = run_packed(opened.model, exam.rows, batch_size=batch_size, on_batch=done).predictions
         after = opened.answer(exam.rows, batch_size=batch_size, on_done=done)
     found = exam.gains(stock, after.predictions)
-    shown = [gains_table(title, found, after.speedup), STOCK_IS]
+    shown = [gains_table(title, found, after.speedup), STOCK_IS_THIS]
     if (said := exam.work.remark(after.predictions, exam.truth)) is not None:
         shown.append(said)
     if (remark := slower(about["directory"], _tokens(exam), after.speedup)) is not None:

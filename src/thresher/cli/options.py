@@ -234,8 +234,11 @@ def assignments(items: Sequence[str] | None, option: str) -> dict[str, str]:
 
 def method_config(method: str, settings: Sequence[str] | None) -> Any:
     """The configuration of a method with the settings given as `--set name=value`."""
+    from thresher.exits import EXIT_CONFIGS
     from thresher.methods import config_class
 
+    if method in EXIT_CONFIGS:
+        raise OptionError(f"{method!r} is an early exit, which goes beside a method or alone: --exit {method}.")
     return _configured(config_class(method), settings, "--set")
 
 
@@ -249,7 +252,10 @@ def untrained_method(method: str | None, settings: Sequence[str] | None) -> Any:
 def exit_config(exit: str, settings: Sequence[str] | None) -> Any:
     """The configuration of an exit with the settings given as `--set-exit name=value`."""
     from thresher.exits import exit_class
+    from thresher.methods import CONFIGS
 
+    if exit in CONFIGS:
+        raise OptionError(f"{exit!r} is a method, not an early exit: --method {exit}.")
     return _configured(exit_class(exit), settings, "--set-exit")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from thresher.cli.options import DATA, OUTPUT, Column, Device, Json, assignments, place_of
-from thresher.cli.screen import Interrupted, Result, command, notice, progress
+from thresher.cli.screen import Interrupted, Result, command, notice, progress, quoted
 from thresher.errors import DataError, OptionError, StoreError
 from thresher.report.console import count, size, table
 
@@ -255,7 +255,7 @@ def _indexed(opened: Index, added: Added, store: str) -> Result:
         ("kept of each", each),
         ("size on disk", size(opened.store.nbytes)),
     ]
-    return Result(about, [table("Indexed", ("", "found"), rows), f'Next: thresher rank "…" --store {store}'])
+    return Result(about, [table("Indexed", ("", "found"), rows), f'Next: thresher rank "…" --store {quoted(store)}'])
 
 
 def _listed(file: Path) -> list[str]:

@@ -21,7 +21,7 @@ from thresher.cli.options import (
     directory_to_write,
     place_of,
 )
-from thresher.cli.screen import Result, command, progress_bar
+from thresher.cli.screen import Result, command, progress_bar, quoted
 from thresher.report.console import count, percent, table
 
 NAMES = {
@@ -101,6 +101,6 @@ def post_train(
         [
             table(f"{count(int(found['windows']))} windows of {count(len(rows))} dialogues", ("", ""), cells),
             f"Saved to {out}.",
-            f"Next: thresher fit {out} DATA --task response --method ase --speedup 1.5 --out DIR",
+            f"Next: thresher fit {quoted(out)} DATA --task response --method ase --speedup 1.5 --out DIR",
         ],
     )

@@ -21,7 +21,7 @@ from thresher.cli.options import (
     assignments,
     directory_to_write,
 )
-from thresher.cli.screen import Result, command, progress
+from thresher.cli.screen import Result, command, progress, quoted
 from thresher.report.console import count, ratio, table
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def quantize(
             table(f"int8 on {count(len(exam.rows))} {exam.unit}", ("", "float32", "int8", "points"), rows),
             "Both with the method as attached. FLOPs count what is read, and so what int8 changes in the choice of tokens.",
             f"Saved to {out}.",
-            f"Next: thresher bench {out} {data}",
+            f"Next: thresher bench {quoted(out)} {quoted(data)}",
         ],
     )
 

@@ -27,7 +27,7 @@ from thresher.cli.options import (
     field_types,
     place_of,
 )
-from thresher.cli.screen import Result, command, notice, progress, progress_bar
+from thresher.cli.screen import Result, command, notice, progress, progress_bar, quoted
 from thresher.errors import OptionError, nearest
 from thresher.report.console import count, table
 
@@ -160,7 +160,9 @@ def fit_scorer(
         about |= _about(found)
         shown.append(_ranking(f"{scorer} on {validation}", found))
     kept = not new.joint and new.config.classes <= 1
-    following = f"thresher index FILE --model {out} --store STORE" if kept else f"thresher evaluate {out} DATA"
+    following = (
+        f"thresher index FILE --model {quoted(out)} --store STORE" if kept else f"thresher evaluate {quoted(out)} DATA"
+    )
     return Result(about, [*shown, f"Saved to {out}.", *([f"Next: {following}"] if new.config.classes <= 1 else [])])
 
 

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,6 +45,11 @@ class Result:
 
     data: Any
     shown: Sequence[RenderableType]
+
+
+def quoted(word: object) -> str:
+    """As it can be pasted into a shell."""
+    return shlex.quote(str(word))
 
 
 class TokenMapView:

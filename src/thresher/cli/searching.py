@@ -35,7 +35,7 @@ from thresher.cli.options import (
     place_of,
     untrained_method,
 )
-from thresher.cli.screen import Interrupted, Result, command, notice, progress
+from thresher.cli.screen import Interrupted, Result, command, notice, progress, quoted
 from thresher.errors import OptionError
 from thresher.report.console import count, points, ratio, table
 
@@ -137,7 +137,7 @@ def search(
         _table(found, about),
         *([f"Drawn in {chart}."] if chart else []),
         f"Saved to {target}.",
-        f"Next: thresher evaluate {target} {data} --speedup {_middle(found)}",
+        f"Next: thresher evaluate {quoted(target)} {quoted(data)} --speedup {_middle(found)}",
     ]
     return Result({**about, "frontier": found.to_list(), "chart": chart and str(chart)}, shown)
 

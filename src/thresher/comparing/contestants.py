@@ -88,6 +88,8 @@ def contestants(methods: Sequence[Given] | None, unions: Sequence[Given] = ()) -
 
     Raises OptionError for a name that is not known, for one that is given twice, and for no name.
     """
+    if isinstance(methods, str):
+        raise OptionError(f"methods is a list of names, such as [{methods!r}], not one of them.")
     given = everyone() if methods is None else methods
     found = tuple(_contestant(one) for one in (*given, *unions))
     names = [one.name for one in found]
@@ -108,6 +110,8 @@ def _contestant(given: Given) -> Contestant:
         return Contestant(exit=given)
     if given == TRAINED_ON:
         return Contestant()
+    if not isinstance(given, str):
+        raise OptionError(f"A method is given by its name or its settings, not as {given!r}.")
     parts = given.split("+")
     for name in parts:
         if name not in CONFIGS and name not in EXIT_CONFIGS:
@@ -236,6 +240,13 @@ def plan(
         fitting = max(fewest, int(min(shares) / least_epochs))
         if fitting < rows:
             rows = some = fitting
+        for own, stage in zip(stages, chosen, strict=True):
+            least = math.ceil(least_epochs * rows * draws(stage) * whole / own.epochs)
+            if passes < least:
+                raise OptionError(
+                    f"A budget of {passes:,} passes is less than {least_epochs} epochs of one batch of the stage "
+                    f"{stage.name!r} of {name}; give at least {least:,}, or smaller batches."
+                )
     planned, read = [], 0.0
     for own, stage in zip(stages, chosen, strict=True):
         of_step = draws(stage)

@@ -28,6 +28,7 @@ from thresher.comparing.standings import Standing, Target, apply, frontier, pick
 from thresher.errors import DataError, OptionError
 from thresher.model import attach, attachment_of, find_encoder, save
 from thresher.policy import PolicyConfig, Stage
+from thresher.settings import is_number, is_whole
 from thresher.targets import kind_of_labels, refuse_one_answer
 from thresher.tasks.given import as_rows
 from thresher.training.identity import digest, weights
@@ -222,13 +223,15 @@ def compare(
 def _check(
     rows: datasets.Dataset, passes: int, evaluations: int, speedups: Sequence[float], trained_at: float | None
 ) -> None:
-    if passes < 1 or evaluations < 1:
-        raise OptionError(f"passes and evaluations must be at least 1, not {passes} and {evaluations}.")
+    if not all(is_whole(count) and count >= 1 for count in (passes, evaluations)):
+        raise OptionError(
+            f"passes and evaluations must be whole numbers of at least 1, not {passes!r} and {evaluations!r}."
+        )
     if not len(rows):
         raise DataError("There are no rows to train on; give at least one.")
-    if not all(1.0 < value < math.inf for value in speedups):
+    if not all(is_number(value) and 1.0 < value < math.inf for value in speedups):
         raise OptionError(f"speedups must be above 1, not {', '.join(map(str, speedups))}.")
-    if trained_at is not None and not 1.0 < trained_at < math.inf:
+    if trained_at is not None and not (is_number(trained_at) and 1.0 < trained_at < math.inf):
         raise OptionError(f"trained_at, the speedup that methods train for, must be above 1, not {trained_at}.")
 
 

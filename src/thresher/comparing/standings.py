@@ -12,6 +12,7 @@ from thresher.frontier import configured
 from thresher.model import policy_of, set_config, set_exit
 from thresher.report import points, ratio
 from thresher.report.frontier import pareto
+from thresher.settings import is_number
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,12 @@ class Target:
         if speedup is not None and max_loss is not None:
             raise OptionError("Give one target, speedup or max_loss, not both.")
         if speedup is not None:
-            if not 1.0 < speedup < math.inf:
-                raise OptionError(f"speedup must be above 1, not {speedup}.")
+            if not (is_number(speedup) and 1.0 < speedup < math.inf):
+                raise OptionError(f"speedup must be a number above 1, not {speedup!r}.")
             return cls("speedup", float(speedup))
         loss = default if max_loss is None else max_loss
-        if not 0.0 <= loss < math.inf:
-            raise OptionError(f"max_loss must be at least 0, not {loss}.")
+        if not (is_number(loss) and 0.0 <= loss < math.inf):
+            raise OptionError(f"max_loss must be a number of at least 0, not {loss!r}.")
         return cls("max_loss", float(loss))
 
     @property

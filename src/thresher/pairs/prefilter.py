@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +95,11 @@ class Prefilter:
                 f"A {type(inner).__name__} reads queries and documents apart, so there are no pairs to drop."
             )
         self.encoder = find_encoder(inner)
+        if not isinstance(inner, Scorer) and not hasattr(model, "predict") and self.encoder.base_model is self.encoder:
+            raise OptionError(
+                f"A prefilter serves models that score a pair, and {type(self.encoder).__name__} has no head; give one for "
+                "sequence classification."
+            )
         classes = inner.config.classes if isinstance(inner, Scorer) else self.encoder.config.num_labels
         if (classes or 1) > 1:
             raise OptionError(f"A prefilter serves models that score a pair by one number, and this one has {classes}.")
@@ -145,6 +150,8 @@ class Prefilter:
     ) -> list[dict[str, Any]]:
         """The documents, best first: {"corpus_id", "score"} and on request "text". Those that were filtered come last, the most
         similar first. Raises OptionError for a top_k below 1."""
+        if not isinstance(query, str | Sequence) or isinstance(documents, str) or not isinstance(documents, Iterable):
+            raise DataError("rank takes a query and a list of documents: rank(query, [text, text]).")
         top_k = None if top_k is None else check_count(top_k, "Ranking gives")
         scores, similarity = self._scores([(query, document) for document in documents], options)
         order = np.lexsort((-similarity, -scores))[:top_k].tolist()

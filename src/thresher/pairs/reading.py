@@ -170,7 +170,7 @@ def read(
     watched = _watched.get()
     with contextlib.ExitStack() as stack:
         if drops or watched is not None:
-            traces = stack.enter_context(tracing(record=drops))
+            traces = stack.enter_context(tracing(record=drops, passed_on=True))
             capture.traces = traces if drops else None
             stack.callback(lambda: None if watched is None else watched.extend(traces))
         if not drops and not reduced:

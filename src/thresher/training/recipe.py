@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,17 @@ from thresher.errors import DataError, OptionError, TargetError
 from thresher.exits import ExitConfig
 from thresher.frontier import Frontier
 from thresher.measure.run import run, run_packed
-from thresher.model import Attachment, attach, attachment_of, find_encoder, load, policy_of, save, set_config
+from thresher.model import (
+    Attachment,
+    attach,
+    attachment_of,
+    find_encoder,
+    is_attached,
+    load,
+    policy_of,
+    save,
+    set_config,
+)
 from thresher.policy import Mode, PolicyConfig, Stage
 from thresher.protection import with_segments
 from thresher.targets import kind_of_labels, refuse_one_answer
@@ -85,6 +96,12 @@ def fit(
     Under torchrun every process calls it with the same arguments, and a directory that all of them see; the main one writes.
     """
     rows, validation = as_rows(rows), None if validation is None else as_rows(validation)
+    if policy is None and is_attached(model) and (before := attachment_of(model).policy) is not None:
+        warnings.warn(
+            f"The method {before.config.method!r} that the model has is taken off, as fit was given none; give its settings "
+            "(thresher.policy_of(model).config) to train with it.",
+            stacklevel=2,
+        )
     with (
         torch.random.fork_rng()
     ):  # what is new begins alike whatever ran before, and the caller's draws go on as they were
