@@ -165,8 +165,9 @@ class Saved:
             sizes = {key: value.shape for key, value in state.items()}
             if sizes != {key: value.shape for key, value in module.state_dict().items()}:
                 raise CheckpointError(
-                    f"What the {name} in {self.directory} has learned is of other sizes than the model beside it and the "
-                    "settings have; put back the files that were saved together, or train it again (thresher fit)."
+                    f"What the {name} in {self.directory} has learned does not fit: it is of other sizes than the model "
+                    "beside it and the settings; put back the files that were saved together, or train it again "
+                    "(thresher fit)."
                 )
             module.load_state_dict(state)
         except (RuntimeError, SafetensorError) as error:

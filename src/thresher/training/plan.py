@@ -1,16 +1,40 @@
-"""Which stages a method and an exit train by, and the settings that a user gives them."""
+"""What a fit trains: what is attached, by which stages, and the settings that a user gives them."""
 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from thresher.errors import OptionError, nearest
-from thresher.model import attachment_of
-from thresher.policy import Stage
+from thresher.exits import ExitConfig
+from thresher.model import attach, attachment_of, find_encoder, is_attached, set_config
+from thresher.policy import PolicyConfig, Stage
+from thresher.protection import with_segments
 
 FINE_TUNE = Stage(name="fine-tune", mode="off")
+
+
+def attach_new(
+    model: Any, policy: PolicyConfig | str | None, exit: ExitConfig | str | None, tokenizer: Any, seed: int
+) -> None:
+    """Attach what one fit trains: drawn from `seed` whatever ran before, and told by the tokenizer where a first text ends."""
+    if policy is None and is_attached(model) and (before := attachment_of(model).policy) is not None:
+        warnings.warn(
+            f"The method {before.config.method!r} that the model has is taken off, as fit was given none; give its settings "
+            "(thresher.policy_of(model).config) to train with it.",
+            stacklevel=3,
+        )
+    with torch.random.fork_rng():  # the caller's draws go on as they were
+        torch.manual_seed(seed)
+        attach(model, policy, exit=exit)
+    if (attached := attachment_of(model).policy) is not None:
+        told = with_segments(attached.config, tokenizer, find_encoder(model))
+        if told is not attached.config:
+            set_config(model, told)
 
 
 def stages_of(model: Any) -> tuple[Stage, ...]:
@@ -67,4 +91,4 @@ def _overridden(stage: Stage, overrides: Mapping[str, Any]) -> Stage:
     return stage
 
 
-__all__ = ["FINE_TUNE", "planned", "stages_of"]
+__all__ = ["FINE_TUNE", "attach_new", "planned", "stages_of"]

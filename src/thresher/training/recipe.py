@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from accelerate import PartialState
 
 from thresher import checkpoint
@@ -26,24 +24,21 @@ from thresher.frontier import Frontier
 from thresher.measure.run import run, run_packed
 from thresher.model import (
     Attachment,
-    attach,
     attachment_of,
     find_encoder,
-    is_attached,
     load,
     policy_of,
     save,
     set_config,
 )
 from thresher.policy import Mode, PolicyConfig, Stage
-from thresher.protection import with_segments
 from thresher.targets import kind_of_labels, refuse_one_answer
 from thresher.tasks.given import as_rows
 from thresher.training import frontiers
 from thresher.training.epochs import BEST, POINT, Epochs, best, fastest, judged, kept
 from thresher.training.identity import digest, weights
 from thresher.training.learner import stock_copy
-from thresher.training.plan import FINE_TUNE, planned
+from thresher.training.plan import FINE_TUNE, attach_new, planned
 from thresher.training.resuming import begin, by_one, refuse_another_run
 from thresher.training.salient import COLUMN, with_saliency
 from thresher.training.stages import as_run, learns_from_labels, refuse_unfit, run_stage, trains_on_cpu
@@ -96,21 +91,7 @@ def fit(
     Under torchrun every process calls it with the same arguments, and a directory that all of them see; the main one writes.
     """
     rows, validation = as_rows(rows), None if validation is None else as_rows(validation)
-    if policy is None and is_attached(model) and (before := attachment_of(model).policy) is not None:
-        warnings.warn(
-            f"The method {before.config.method!r} that the model has is taken off, as fit was given none; give its settings "
-            "(thresher.policy_of(model).config) to train with it.",
-            stacklevel=2,
-        )
-    with (
-        torch.random.fork_rng()
-    ):  # what is new begins alike whatever ran before, and the caller's draws go on as they were
-        torch.manual_seed(seed)
-        attach(model, policy, exit=exit)
-    if (attached := attachment_of(model).policy) is not None:
-        told = with_segments(attached.config, tokenizer, find_encoder(model))
-        if told is not attached.config:
-            set_config(model, told)
+    attach_new(model, policy, exit, tokenizer, seed)
     attachment_of(model).notes.update(notes or {})
     plan = planned(model, stages, overrides or {}, fine_tune=fine_tune)
     target = Target(speedup, max_loss)
