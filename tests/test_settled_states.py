@@ -301,3 +301,20 @@ def test_a_fit_says_which_method_it_takes_off(tmp_path: Path) -> None:
     rows = dataset(16).remove_columns("labels")
     with pytest.warns(UserWarning, match="'attention-mass' that the model has is taken off"):
         thresher.fit(model, None, rows, tokenizer(), tmp_path / "out", exit="settled-states", **options)
+
+
+@pytest.mark.parametrize("target", [{"speedup": float("nan")}, {"speedup": "2"}, {"max_loss": float("nan")}])
+def test_a_fit_refuses_a_target_that_is_no_number_before_it_trains(target: dict[str, Any], tmp_path: Path) -> None:
+    rows = dataset(8).remove_columns("labels")
+    with pytest.raises(OptionError, match="must be a number of at least"):
+        thresher.fit(
+            make("bert", "base", 4),
+            None,
+            rows,
+            tokenizer(),
+            tmp_path / "out",
+            exit="settled-states",
+            validation=rows,
+            **target,
+        )
+    assert not (tmp_path / "out").exists()

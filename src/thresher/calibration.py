@@ -37,6 +37,14 @@ class Calibration:
     baseline: float | None = None
 
 
+def check_target(speedup: float | None, max_loss: float | None) -> None:
+    """Raises OptionError for a target that is no number, or out of range."""
+    if speedup is not None and not (is_number(speedup) and 1.0 <= speedup < math.inf):
+        raise OptionError(f"speedup must be a number of at least 1, not {speedup!r}.")
+    if max_loss is not None and not (is_number(max_loss) and 0.0 <= max_loss < math.inf):
+        raise OptionError(f"max_loss must be a number of at least 0, not {max_loss!r}.")
+
+
 def calibrate(
     model: Any,
     rows: datasets.Dataset,
@@ -66,10 +74,7 @@ def calibrate(
     """
     if (speedup is None) == (max_loss is None):
         raise OptionError("Give calibrate one target: speedup=2.0, or max_loss=0.01.")
-    if speedup is not None and not (is_number(speedup) and 1.0 <= speedup < math.inf):
-        raise OptionError(f"speedup must be a number of at least 1, not {speedup!r}.")
-    if max_loss is not None and not (is_number(max_loss) and 0.0 <= max_loss < math.inf):
-        raise OptionError(f"max_loss must be a number of at least 0, not {max_loss!r}.")
+    check_target(speedup, max_loss)
     rows = as_rows(rows)
     if len(rows) == 0:
         raise OptionError("Calibration needs at least one row.")

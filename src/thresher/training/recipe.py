@@ -17,7 +17,7 @@ import numpy as np
 from accelerate import PartialState
 
 from thresher import checkpoint
-from thresher.calibration import Calibration, Quality, Turned, agreement, calibrate
+from thresher.calibration import Calibration, Quality, Turned, agreement, calibrate, check_target
 from thresher.errors import DataError, OptionError, TargetError
 from thresher.exits import ExitConfig
 from thresher.frontier import Frontier
@@ -146,6 +146,7 @@ class Target:
 
 def _refuse(model: Any, target: Target, validation: Any, search: Mapping[str, Any] | None) -> None:
     """Raises OptionError for a target or a search without rows to judge by, and a search that the method does not make."""
+    check_target(target.speedup, target.max_loss)
     policy = attachment_of(model).policy
     searches = policy is not None and policy.config.searches
     if (target.given or searches) and validation is None:
