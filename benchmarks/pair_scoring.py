@@ -82,6 +82,7 @@ WAYS = {
     "mix-c": Way("mixencoder", {"k": 2, **THREE, **STARTED}, **BESIDE),
     "mix-a-lexical": Way("mixencoder", {"k": 1, **STARTED, "lexical": 32}, **BESIDE),
     "mix-b-lexical": Way("mixencoder", {"k": 1, **THREE, **STARTED, "lexical": 32}, **BESIDE),
+    "mix-c-lexical": Way("mixencoder", {"k": 2, **THREE, **STARTED, "lexical": 32}, **BESIDE),
     "mix-a-paper": Way("mixencoder", {"k": 1}, PairLoss()),
     "deformer": Way("deformer", {}, JOINT),
     "cross": Way("cross", {}, JOINT),
