@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import logging
 import math
 import warnings
@@ -95,14 +96,12 @@ def call(model: Any, features: dict[str, Tensor]) -> Any:
 
 def dropped_at(kept: list[Tensor], ids: Tensor) -> Tensor:
     """[N] int64 from the positions that were left after each layer; ids: [N]."""
-    present = torch.zeros_like(ids)
-    survived = torch.zeros_like(ids)
-    last = None
-    for positions in kept:
-        if positions is not last:
-            survived = torch.zeros_like(ids).scatter(0, positions, torch.ones_like(positions))
-            last = positions
-        present = present + survived
+    present = survived = torch.zeros_like(ids)
+    # Layers after which nothing new was dropped share their positions, and are counted together.
+    for _, layers in itertools.groupby(kept, key=id):
+        alike = list(layers)
+        survived = torch.zeros_like(ids).scatter(0, alike[0], torch.ones_like(alike[0]))
+        present = present + survived * len(alike)
     return (present + 1) * (1 - survived)
 
 

@@ -25,6 +25,7 @@ from thresher.exported.directory import Link, Manifest, Runtime
 from thresher.exported.graph import Ends, call, check_exportable, input_names, write_graph
 from thresher.exported.runner import Output, Runner
 from thresher.exported.sessions import require
+from thresher.exported.tidying import tidied
 from thresher.linears import has_int8_instructions, warn_without_int8_instructions
 from thresher.measure.run import said
 from thresher.model import attachment_of, evaluating, find_encoder
@@ -99,6 +100,7 @@ def export(
     checked = _random_rows(model, limit) if rows is None else _given_rows(rows, limit)
     with checkpoint.staged(directory, last=files.MANIFEST) as staging:
         inputs, ends = write_graph(model, staging / TRACED, fused=runtime == "onnx")
+        _onnx().save(tidied(_onnx().load(staging / TRACED)), staging / TRACED)
         if tokenizer is not None:
             _write_tokenizer(tokenizer, staging)
         manifest = _manifest(model, runtime, inputs, ends, limit)
