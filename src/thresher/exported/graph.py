@@ -41,10 +41,11 @@ Ends = list[
 class _OneSequence(nn.Module):
     """Positional tensors in, positional tensors out: what a tracer wants."""
 
-    def __init__(self, model: Any, inputs: tuple[str, ...], exit: Exit[Any] | None) -> None:
+    def __init__(self, model: Any, inputs: tuple[str, ...], exit: Exit[Any] | None, *, drops: bool) -> None:
         super().__init__()
         self.model = model
         self.inputs = inputs
+        self.drops = drops
         self.exit = [exit]  # in a list, as a model's exit is none of its modules
         self.ends: Ends = []
 
@@ -57,15 +58,15 @@ class _OneSequence(nn.Module):
         answers = {name: outputs[name] for name in ANSWERS if name in outputs and outputs[name] is not None}
         if len(answers) > 1:
             answers.pop("last_hidden_state", None)
-        answers[DROPPED_AT] = dropped_at(traces[-1].kept, values[0][0])
+        answers[DROPPED_AT] = dropped_at(traces[-1].kept, values[0][0], drops=self.drops)
         (exit,) = self.exit
-        every = {} if exit is None else early(exit, traces[-1], values[0][0])
+        every = {} if exit is None else early(exit, traces[-1], values[0][0], drops=self.drops)
         every[0] = answers
         self.ends = [(layer, tuple(after(layer, name) for name in found)) for layer, found in every.items()]
         return tuple(value for found in every.values() for value in found.values())
 
 
-def early(exit: Exit[Any], trace: Trace, ids: Tensor) -> dict[int, dict[str, Tensor]]:
+def early(exit: Exit[Any], trace: Trace, ids: Tensor, *, drops: bool) -> dict[int, dict[str, Tensor]]:
     """By the layers after which one row may leave: its answer there, what was dropped by then, and whether it leaves.
 
     trace: of a pass in which every branch spoke. ids: [N].
@@ -78,7 +79,7 @@ def early(exit: Exit[Any], trace: Trace, ids: Tensor) -> dict[int, dict[str, Ten
             continue
         columns = (said[..., 0], said[..., 1]) if exit.head.kind == "span" else (said,)
         answers = dict(zip(SPANS if len(columns) > 1 else CLASSES, columns, strict=True))
-        found[layer] = {**answers, DROPPED_AT: dropped_at(trace.kept[:layer], ids), LEAVES: leaving}
+        found[layer] = {**answers, DROPPED_AT: dropped_at(trace.kept[:layer], ids, drops=drops), LEAVES: leaving}
     return found
 
 
@@ -94,8 +95,10 @@ def call(model: Any, features: dict[str, Tensor]) -> Any:
     return outputs
 
 
-def dropped_at(kept: list[Tensor], ids: Tensor) -> Tensor:
-    """[N] int64 from the positions that were left after each layer; ids: [N]."""
+def dropped_at(kept: list[Tensor], ids: Tensor, *, drops: bool) -> Tensor:
+    """[N] int64 from the positions that were left after each layer; ids: [N]. drops: whether any policy is there to drop."""
+    if not drops:
+        return torch.zeros_like(ids)
     present = survived = torch.zeros_like(ids)
     # Layers after which nothing new was dropped share their positions, and are counted together.
     for _, layers in itertools.groupby(kept, key=id):
@@ -152,7 +155,7 @@ def write_graph(model: Any, path: Path, *, fused: bool) -> tuple[tuple[str, ...]
     names = input_names(model)
     attachment = attachment_of(model)
     exit = attachment.exit if attachment.exit is not None and not attachment.exit.idle else None
-    wrapped = _OneSequence(model, names, exit)
+    wrapped = _OneSequence(model, names, exit, drops=attachment.policy is not None)
     geometry = attachment.engine.entrance.geometry
     heads = geometry.heads, geometry.attention // geometry.heads
     # The first example token stands for any; a second length shows nothing that the names of the axes do not say.
