@@ -20,6 +20,7 @@ from helpers import FAMILIES, HEADS, VOCABULARY, alone, batch, dataset, decided,
 from thresher.errors import CheckpointError, DataError, OptionError, ThresherError
 from thresher.exported.directory import MANIFEST
 from thresher.exported.graph import exportable_methods
+from thresher.exported.sessions import SLOWER_WHEN_FUSED
 from thresher.measure.flops import speedup
 from thresher.methods import CONFIGS
 from thresher.model import policy_of
@@ -359,3 +360,19 @@ def test_a_graph_that_answers_otherwise_is_refused(tmp_path: Path, monkeypatch: 
     with pytest.raises(ThresherError, match="does not answer as the torch engine does"):
         thresher.export(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_runtime_still_knows_the_optimiser_that_is_switched_off(tmp_path: Path) -> None:
+    """ONNX Runtime passes over names of optimisers that it does not know."""
+    import onnx
+
+    thresher.export(thresher.attach(make("bert")), tmp_path, int8=True)
+    found = {}
+    for off in ([], [*SLOWER_WHEN_FUSED]):
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), options, disabled_optimizers=off)
+        nodes = onnx.load(tmp_path / "optimised.onnx").graph.node
+        found[bool(off)] = "SkipLayerNormalization" in {node.op_type for node in nodes}
+    assert found == {False: True, True: False}
