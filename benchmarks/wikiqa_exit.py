@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import thresher
 from pair_data import encode, quality
-from pair_starts import CARRIED, HELD_OUT
+from pair_starts import learned_and_held_out
 from records import record
 from thresher.measure.run import prepared, run, run_packed
 from thresher.model import attachment_of
@@ -39,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.start)
-    train, held_out = learned_and_held_out(args, tokenizer)
+    train, held_out = learned_and_held_out(NAME, args.data_dir, tokenizer)
     test = encode(NAME, "test", args.data_dir, tokenizer, args.test)
     model = trained(args, tokenizer, train, held_out)
     threshold, reached = chosen(model, held_out, args.lost)
@@ -62,17 +62,6 @@ def main() -> None:
     record("pairs", f"{NAME}-exit-flops", "FLOPs speedup of an early exit", result.speedup, "x", **about)
     lost = 100 * (before - after)
     record("pairs", f"{NAME}-exit-loss", "MRR lost by it", lost, "points", target="<= 1.0", **about)
-
-
-def learned_and_held_out(args: argparse.Namespace, tokenizer: Any) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Held out are training rows that the start never read, and the validation split."""
-    rows = encode(NAME, "train", args.data_dir, tokenizer)
-    held_out, train = rows.select(range(HELD_OUT)), rows.select(range(HELD_OUT, len(rows)))
-    more = encode(NAME, "validation", args.data_dir, tokenizer)
-    apart = [-1 - number for number in more["question"]]  # from the numbers of training questions
-    more = more.remove_columns("question").add_column("question", apart)
-    carried = [column for column in CARRIED if column in train.column_names]
-    return train.select_columns(carried), datasets.concatenate_datasets([held_out, more])
 
 
 def trained(args: argparse.Namespace, tokenizer: Any, train: datasets.Dataset, held_out: datasets.Dataset) -> Any:

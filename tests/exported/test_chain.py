@@ -111,8 +111,8 @@ def test_a_row_that_leaves_runs_no_more_graphs(tmp_path: Path, monkeypatch: pyte
 
     open_session = module.open_session
 
-    def counted(runtime: Any, graph: Path, outputs: Any, threads: int) -> Any:
-        session = open_session(runtime, graph, outputs, threads)
+    def counted(runtime: Any, graph: Path, *given: Any, **options: Any) -> Any:
+        session = open_session(runtime, graph, *given, **options)
 
         def run(feed: Any) -> Any:
             ran.append(graph.name)

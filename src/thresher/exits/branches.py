@@ -83,21 +83,38 @@ class AttentiveBranch(nn.Module):
         self.classify = nn.Linear(width, outputs)
 
     def forward(self, tokens: PackedTokens) -> Tensor:
-        layout = tokens.layout
+        # One query needs no key of every token: q (K n + b) is (q K) n and a number that is the same for all of them, which a
+        # softmax does not see. Nor a value: what V makes of a weighted sum is the weighted sum of what it makes of each.
         narrow = tokens.with_hidden(self.narrow(tokens.hidden).tanh())
-        split = lambda x: x.unflatten(1, (self.heads, -1))  # noqa: E731
-        query, key = layout.spread(self.query(first_states(narrow))), self.key(narrow.hidden)
-        scores = split(query * key).float().sum(2) / math.sqrt(key.shape[1] // self.heads)
-        if tokens.log_weight is not None:
-            scores = scores + tokens.log_weight.float().unsqueeze(1)
-        weights = softmax_in_rows(scores, layout).unsqueeze(2)
-        context = sum_in_rows((weights * split(self.value(narrow.hidden))).flatten(1), layout)
+        query = self.query(first_states(narrow)).unflatten(1, (self.heads, -1))
+        sought = (query.unsqueeze(3) * self._by_head(self.key)).sum(2) / math.sqrt(query.shape[2])
+        found = self._weighted_sums(sought, narrow)
+        context = (found.unsqueeze(2) * self._by_head(self.value)).sum(3).flatten(1) + self.value.bias
         return self.classify(self.pool(self.out(context)).tanh())  # type: ignore[no-any-return]
 
+    def _by_head(self, linear: nn.Linear) -> Tensor:
+        """[H, W/H, W]"""
+        return linear.weight.unflatten(0, (self.heads, -1))  # type: ignore[no-any-return]
+
+    def _weighted_sums(self, sought: Tensor, tokens: PackedTokens) -> Tensor:
+        """What each row and head seeks, [B, H, W] → the sum of the row's states [T, W], weighted by how much they are that."""
+        layout, states = tokens.layout, tokens.hidden
+        if layout.single:
+            scores = (states @ sought[0].transpose(0, 1)).float()
+        else:
+            scores = (layout.spread(sought) * states.unsqueeze(1)).sum(2).float()
+        if tokens.log_weight is not None:
+            scores = scores + tokens.log_weight.float().unsqueeze(1)
+        weights = softmax_in_rows(scores, layout).to(states.dtype)
+        if layout.single:
+            return (weights.transpose(0, 1) @ states).unsqueeze(0)
+        parts = weights.unsqueeze(2) * states.unsqueeze(1)
+        return sum_in_rows(parts.flatten(1), layout).unflatten(1, (self.heads, -1))  # type: ignore[no-any-return]
+
     @staticmethod
-    def flops(n: int, size: int, width: int, outputs: int) -> int:
-        every = 2 * size * width + 4 * width * width + 4 * width  # narrowed, key and value, score and sum
-        return n * every + 6 * width * width + 2 * width * outputs
+    def flops(n: int, size: int, width: int, heads: int, outputs: int) -> int:
+        every = 2 * size * width + 4 * heads * width  # narrowed; score and sum of each head
+        return n * every + 10 * width * width + 2 * width * outputs
 
 
 class SpanBranch(nn.Module):

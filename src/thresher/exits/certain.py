@@ -119,7 +119,7 @@ class FastBERTExit(ThresholdExit[FastBERT]):
         return AttentiveBranch(self.geometry.hidden, self.config.width, self.config.heads, self.head.outputs)
 
     def overhead_flops(self, n: int) -> int:
-        return AttentiveBranch.flops(n, self.geometry.hidden, self.config.width, self.head.outputs)
+        return AttentiveBranch.flops(n, self.geometry.hidden, self.config.width, self.config.heads, self.head.outputs)
 
     def uncertainty(self, said: Tensor) -> Tensor:
         return entropy(said) / math.log(self.head.outputs)

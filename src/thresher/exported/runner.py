@@ -179,8 +179,9 @@ class Runner:
     def _chain(self, threads: int) -> list[Session]:
         if threads not in self._sessions:
             manifest = self.manifest
+            linked = len(manifest.chain) > 1
             self._sessions[threads] = [
-                open_session(manifest.runtime, self.path / file, link.outputs, threads)
+                open_session(manifest.runtime, self.path / file, link.outputs, threads, linked=linked)
                 for file, link in zip(manifest.graphs, manifest.chain, strict=True)
             ]
         return self._sessions[threads]
