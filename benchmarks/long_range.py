@@ -1,6 +1,6 @@
 """Efficient attention and token reduction in score, speed and memory, on two long-range tasks at a small scale.
 
-    python benchmarks/long_range.py --data-dir DATA-DIR [--task listops bytes] [--tokens 512] [--steps 1500] [--dry]
+    python benchmarks/long_range.py --data-dir DATA-DIR --out RUNS/long-range [--task listops bytes] [--steps 1500] [--dry]
 
 Every model is a class of transformers at one small size, trained from scratch on the same rows in the same order for the same
 number of steps: BERT (full attention), ModernBERT (a full and then local layers), Longformer (windows), BigBird (windows,
@@ -11,13 +11,15 @@ to --speedup in FLOPs on held-out training rows.
 
 Time is of batches padded to --tokens, as Long Range Arena pads them, each model in its turn in every round; Thresher packs the
 same batches, and what packing alone gains is a way of its own. --cost adds time and memory at other lengths, of untrained
-models on random tokens without padding. Memory is the peak of a process that runs nothing but the batch.
+models on random tokens without padding. Memory is the peak of a process that runs nothing but the batch. A model that OUT holds
+of the same run is not trained again.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import subprocess
 import sys
 import tempfile
@@ -47,6 +49,8 @@ CLASSES = {"listops": 10, "bytes": 2}
 VOCABULARIES = {"listops": LISTOPS_VOCABULARY, "bytes": BYTES_VOCABULARY}
 FULL = "bert"  # what every time is compared with
 ENTERED = ("bert", "modernbert")
+RUN = ("tokens", "depth", "steps", "fork", "speedup", "batch", "rate", "validation", "test", "layers", "hidden", "heads",
+       "window", "seed")  # fmt: skip
 WAYS = {"packed": "packed by Thresher", "reduced": "packed, dropping tokens"}
 
 
@@ -113,14 +117,24 @@ class Found:
 
 
 def ways(name: str, plain: Any, reduced: Any, directory: Path) -> list[Found]:
-    """The model as it is and, where there is a reduced copy, the model packed and that copy; saved for `print_peak`."""
-    plain.save_pretrained(directory / name)
+    """The model as it is and, where there is a reduced copy, the model packed and that copy; as `saved` keeps them."""
     found = [Found(name, "", plain, directory / name)]
     if reduced is not None:
-        thresher.save(reduced, directory / f"{name}-reduced")
         found.append(Found(name, "packed", thresher.attach(copy.deepcopy(plain)), directory / name))
         found.append(Found(name, "reduced", reduced, directory / f"{name}-reduced"))
     return found
+
+
+def saved(name: str, plain: Any, reduced: Any, directory: Path) -> None:
+    """For `print_peak`, and for a run that is to go on."""
+    plain.save_pretrained(directory / name)
+    if reduced is not None:
+        thresher.save(reduced, directory / f"{name}-reduced")
+
+
+def opened(name: str, directory: Path) -> tuple[Any, Any]:
+    plain = hf.AutoModelForSequenceClassification.from_pretrained(directory / name).eval()
+    return plain, thresher.load(directory / f"{name}-reduced").eval() if name in ENTERED else None
 
 
 def print_peak(directory: str, way: str, rows: int, shape: Shape) -> None:
@@ -170,8 +184,32 @@ def trained(
     name: str, task: str, parts: dict[str, datasets.Dataset], shape: Shape, args: Any, out: Path
 ) -> list[Found]:
     """A model trained on a task and, where Thresher enters it, its fork that drops tokens; with their accuracy."""
+    file, run_of = out / f"{name}.json", {key: getattr(args, key) for key in RUN}
+    known = json.loads(file.read_text()) if file.is_file() else {"run": run_of}
+    if known["run"] != run_of:
+        raise SystemExit(f"{out} holds a run with other settings; give another --out.")
+    if "accuracy" not in known:
+        saved(name, *learned(name, task, parts, shape, args, out), out)
+    found = ways(name, *opened(name, out), out)
+    if "accuracy" not in known:
+        test = padded(parts["test"], shape.tokens)
+        known["accuracy"] = [accuracy(way.built, test, args.batch) for way in found]
+        known["flops"] = run(found[-1].built, parts["test"]).speedup if name in ENTERED else 1.0
+        file.write_text(json.dumps(known))
+    for way, score in zip(found, known["accuracy"], strict=True):
+        way.accuracy = score
+    found[-1].flops = known["flops"]
+    for way in found:
+        print(f"  {way.label}: {way.accuracy:.4f} at {way.flops:.2f}x FLOPs", flush=True)
+    return found
+
+
+def learned(
+    name: str, task: str, parts: dict[str, datasets.Dataset], shape: Shape, args: Any, out: Path
+) -> tuple[Any, Any]:
+    """A new model after its steps, and its fork, if it has one."""
     model, reduced = build(name, shape, args.seed), None
-    rows, test = (padded(parts[part], shape.tokens) for part in ("train", "test"))
+    rows = padded(parts["train"], shape.tokens)
     generator = torch.Generator().manual_seed(args.seed)
     epochs = -(-args.steps * args.batch // len(parts["train"]))
     order = torch.cat([torch.randperm(len(parts["train"]), generator=generator) for _ in range(epochs)])
@@ -193,14 +231,7 @@ def trained(
             tokenizer(shape.vocabulary), out / f"{name}-fit", validation=parts["validation"], speedup=args.speedup,
             stages=(stage,), seed=args.seed, precision="float32", progress=False, use_cpu=True,
         )  # fmt: skip
-    found = ways(name, model, reduced, out)
-    for way in found:
-        way.accuracy = accuracy(way.built, test, args.batch)
-    if reduced is not None:
-        found[-1].flops = run(reduced, parts["test"]).speedup
-    for way in found:
-        print(f"  {way.label}: {way.accuracy:.4f} at {way.flops:.2f}x FLOPs", flush=True)
-    return found
+    return model, reduced
 
 
 def untrained(name: str, shape: Shape, args: Any, out: Path) -> list[Found]:
@@ -211,6 +242,7 @@ def untrained(name: str, shape: Shape, args: Any, out: Path) -> list[Found]:
         ids = random_batch(shape, 4)["input_ids"].tolist()
         rows = datasets.Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * shape.tokens] * 4})
         flops = thresher.calibrate(reduced, rows, speedup=args.speedup).speedup
+    saved(name, model, reduced, out)
     found = ways(name, model, reduced, out)
     found[-1].flops = flops
     return found
@@ -320,6 +352,7 @@ def draw(panels: dict[str, list[Found]], path: Path, tokens: int) -> None:
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, help="for the task bytes")
+    parser.add_argument("--out", type=Path, required=True, help="where trained models are kept")
     parser.add_argument("--task", nargs="*", choices=sorted(CLASSES), default=sorted(CLASSES, reverse=True))
     parser.add_argument("--model", nargs="+", choices=list(CONFIGS), default=list(CONFIGS), help=f"{FULL} always runs")
     parser.add_argument("--tokens", type=int, default=512, help="the longest row; every model is built for it")
@@ -365,9 +398,10 @@ def main() -> None:
         shape = Shape(args.tokens, VOCABULARIES[task], CLASSES[task], args.layers, args.hidden, args.heads, args.window)
         parts = parts_of(task, args)
         batches = [pick(padded(parts["test"], args.tokens), slice(at, at + args.batch)) for at in (0, args.batch)]
-        with tempfile.TemporaryDirectory() as scratch:
-            found = [way for name in args.model for way in trained(name, task, parts, shape, args, Path(scratch))]
-            measure(found, batches, args.rounds, shape)
+        out = args.out / task
+        out.mkdir(parents=True, exist_ok=True)
+        found = [way for name in args.model for way in trained(name, task, parts, shape, args, out)]
+        measure(found, batches, args.rounds, shape)
         write(found, task, shape, args, batches)
         panels[task] = found
     for tokens in args.cost:
