@@ -21,7 +21,7 @@ REALISED = 0.85
 FLOPS = {
     "imdb": ("magic_pyramid", "magic-pyramid-imdb-exit-0.5", "flops_speedup"),
     "squad": ("pairs", "squad-flops", None),
-    "wikiqa": ("pairs", "wikiqa-flops", None),
+    "wikiqa": ("pairs", "wikiqa-exit-flops", None),
 }
 
 

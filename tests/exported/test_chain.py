@@ -103,6 +103,26 @@ def test_each_weight_of_a_layer_stands_in_one_graph(family: str, tmp_path: Path)
     assert sum(sizes) <= whole * (1.05 if family == "bert" else 4)
 
 
+def test_int8_is_what_branches_read_of_every_token_too(tmp_path: Path) -> None:
+    thresher.export(attached("bert", "fastbert"), tmp_path, int8=True)
+    first = onnx.load(tmp_path / "model.onnx").graph
+    made = {node.output[0]: node.op_type for node in first.node}
+    (narrowed,) = (
+        node for node in first.node if node.op_type == "Tanh" and _from(node, made, first) == "MatMulInteger"
+    )
+    assert narrowed
+
+
+def _from(node: Any, made: dict[str, str], graph: Any) -> str:
+    """The first product on the way back from a node."""
+    maker = {name: n for n in graph.node for name in n.output}
+    while made.get(node.input[0]) not in (None, "MatMulInteger", "MatMul", "Gemm"):
+        # A bias is an addition's first input: the product comes by the second.
+        inputs = [name for name in node.input if name in maker and maker[name].op_type != "Constant"]
+        node = maker[inputs[0]]
+    return made.get(node.input[0], "")
+
+
 def test_a_row_that_leaves_runs_no_more_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = attached("bert", "fastbert")
     thresher.export(model, tmp_path)

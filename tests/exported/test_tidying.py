@@ -151,6 +151,67 @@ def test_a_reshape_that_two_dimensions_leave_open_stays() -> None:
     assert said(model).shape == (1, HEADS * SIZE, 5)
 
 
+def computed(parts: list[Any], of: str = "start") -> list[Any]:
+    """Nodes that make "asked" of numbers, and of "N": how many tokens `of` has."""
+    taken = helper.make_node("Unsqueeze", ["n", "first"], ["N"])
+    nodes = [helper.make_node("Shape", [of], ["s"]), helper.make_node("Gather", ["s", "at"], ["n"], axis=0), taken]
+    return [*nodes, helper.make_node("Concat", [str(part) for part in parts], ["asked"], axis=0)]
+
+
+COMPUTED = [*CONSTANTS, numpy_helper.from_array(np.array(1, dtype=np.int64), "at")]
+COMPUTED += [constant(str(number), [number]) for number in (1, -1, HEADS, SIZE, HEADS * SIZE)]
+
+
+@pytest.mark.parametrize(
+    "parts", [[1, "N", -1, SIZE], [1, "N", HEADS, -1], ["N", HEADS, SIZE], [-1, "N"], [1, HEADS, "N", SIZE]]
+)
+def test_a_computed_shape_of_which_one_dimension_varies_is_a_constant(parts: list[Any]) -> None:
+    nodes = [*computed(parts), helper.make_node("Reshape", ["start", "asked"], ["end"])]
+    model = tidied(model_of(nodes, COMPUTED))
+    assert [node.op_type for node in model.graph.node] == ["Reshape"]
+    for tokens in (1, 2, 5):
+        assert np.array_equal(said(model, tokens), said(model_of(nodes, COMPUTED), tokens))
+
+
+def test_a_split_row_loses_its_first_axis_in_the_same_step() -> None:
+    nodes = [
+        *computed([1, "N", -1, SIZE]),
+        helper.make_node("Reshape", ["start", "asked"], ["a"]),
+        helper.make_node("Squeeze", ["a", "first"], ["end"]),
+    ]
+    model = tidied(model_of(nodes, COMPUTED))
+    assert [node.op_type for node in model.graph.node] == ["Reshape"]
+    assert said(model).shape == (5, HEADS, SIZE)
+    assert np.array_equal(said(model), said(model_of(nodes, COMPUTED)))
+
+
+def test_a_computed_shape_of_which_two_dimensions_vary_stays() -> None:
+    """[T, T, D] as [T * T, D] by T: how many rows there are is told by no constant but -1, which the asked one has taken."""
+    nodes = [
+        helper.make_node("Squeeze", ["start", "first"], ["flat"]),
+        helper.make_node("Unsqueeze", ["flat", "1"], ["tall"]),
+        helper.make_node("Add", ["tall", "start"], ["square"]),
+        *computed(["N", -1], of="square"),
+        helper.make_node("Reshape", ["square", "asked"], ["end"]),
+    ]
+    model = tidied(model_of(nodes, COMPUTED))
+    assert "Concat" in {node.op_type for node in model.graph.node}
+    assert np.array_equal(said(model), said(model_of(nodes, COMPUTED)))
+
+
+def test_what_a_product_reads_of_constants_is_stored_as_weights() -> None:
+    weights = numpy_helper.from_array(np.arange(2.0 * HEADS * SIZE, dtype=np.float32).reshape(-1, 2), "")
+    nodes = [
+        helper.make_node("Constant", [], ["weights"], value=weights),
+        helper.make_node("Constant", [], ["more"], value=numpy_helper.from_array(np.float32([1, 2]), "")),
+        helper.make_node("MatMul", ["start", "weights"], ["a"]),
+        helper.make_node("Add", ["a", "more"], ["end"]),
+    ]
+    model = tidied(model_of(nodes))
+    assert [tensor.name for tensor in model.graph.initializer] == ["weights"]
+    assert np.array_equal(said(model), said(model_of(nodes)))
+
+
 @pytest.mark.parametrize("family", ["bert", "distilbert", "roberta"])
 def test_a_model_that_drops_nothing_has_no_detours_left(tmp_path: Path, family: str) -> None:
     model = make(family)

@@ -85,7 +85,8 @@ class AttentiveBranch(nn.Module):
     def forward(self, tokens: PackedTokens) -> Tensor:
         # One query needs no key of every token: q (K n + b) is (q K) n and a number that is the same for all of them, which a
         # softmax does not see. Nor a value: what V makes of a weighted sum is the weighted sum of what it makes of each.
-        narrow = tokens.with_hidden(self.narrow(tokens.hidden).tanh())
+        # The leading axis tells an exported graph that this one map is of all tokens, and is to be int8 with the layers' own.
+        narrow = tokens.with_hidden(self.narrow(tokens.hidden.unsqueeze(0)).squeeze(0).tanh())
         query = self.query(first_states(narrow)).unflatten(1, (self.heads, -1))
         sought = (query.unsqueeze(3) * self._by_head(self.key)).sum(2) / math.sqrt(query.shape[2])
         found = self._weighted_sums(sought, narrow)

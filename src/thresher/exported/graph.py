@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.onnx import symbolic_helper
+from torch.onnx import symbolic_opset9 as opset9
 from torch.onnx import symbolic_opset11 as opset11
 from torch.onnx import symbolic_opset14 as opset14
 from torch.onnx.utils import register_custom_op_symbolic, unregister_custom_op_symbolic
@@ -216,7 +217,7 @@ def _constant(attachment: Any) -> Iterator[None]:
 def _written(heads: tuple[int, int] | None) -> Iterator[None]:
     """Inside this block the tracer writes what it knows too little of as plain operators. heads: their number and size, to
     write attention as one operator, which makes no map of all pairs; None: it stays what it is made of."""
-    found: dict[str, Callable[..., Any]] = {"aten::squeeze": _squeeze}
+    found: dict[str, Callable[..., Any]] = {"aten::squeeze": _squeeze, "aten::index_copy": _index_copy}
     if heads is not None:
         found["aten::scaled_dot_product_attention"] = partial(_attention, heads)
     for name, symbolic in found.items():
@@ -233,6 +234,14 @@ def _squeeze(g: Any, x: Any, dim: Any = None) -> Any:
     if dim is None:
         return opset11.squeeze(g, x)
     return g.op("Squeeze", x, g.op("Constant", value_t=torch.tensor([symbolic_helper._get_const(dim, "i", "dim")])))
+
+
+def _index_copy(g: Any, x: Any, dim: Any, index: Any, rows: Any) -> Any:
+    """Whole rows at a time: not, as torch would write it, an index for each of their numbers."""
+    if symbolic_helper._get_const(dim, "i", "dim") != 0:
+        return opset9.index_copy(g, x, dim, index, rows)
+    places = g.op("Unsqueeze", index, g.op("Constant", value_t=torch.tensor([1])))
+    return g.op("ScatterND", x, places, rows)
 
 
 def _attention(

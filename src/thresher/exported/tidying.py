@@ -3,6 +3,7 @@ and joined around an operator that does both itself. Each is one more operator t
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ def tidied(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model itself, its graph with fewer nodes: every output keeps its name and, bit by bit, its value."""
     while _Pass(model).changes():
         pass
+    _store_weights(model.graph)
     _take_away_unused(model.graph)
     return model
 
@@ -73,6 +75,8 @@ class _Pass:
 
     def moved(self, node: onnx.NodeProto) -> onnx.NodeProto | None:
         """The same value made in fewer steps, or in an order in which steps meet that undo each other."""
+        if node.op_type == "Reshape" and (asked := self.constant_shape(node)):
+            return self.new("Reshape", [node.input[0], asked], node.output[0])
         made = self.maker.get(node.input[0]) if node.input else None
         if made is None:
             return None
@@ -86,9 +90,57 @@ class _Pass:
             case "Squeeze", "Transpose" if self.first_axis(node) and _order(made)[0] == 0:
                 inner = self.between("Squeeze", [made.input[0], node.input[1]], node)
                 return self.new("Transpose", [inner], node.output[0], [i - 1 for i in _order(made)[1:]])
+            case "Squeeze", "Reshape" if self.first_axis(node) and self.begins_with_one(made.input[1]):
+                return self.new(
+                    "Reshape", [made.input[0], self.constant(self.numbers[made.input[1]][1:])], node.output[0]
+                )
             case "Reshape", "Reshape" | "Squeeze" | "Unsqueeze" if self.says_all(node.input[1]):
                 return self.new("Reshape", [made.input[0], node.input[1]], node.output[0])
         return None
+
+    def constant_shape(self, node: onnx.NodeProto) -> str | None:
+        """The name of what a Reshape asks for as a constant, where that was computed though only one dimension varies."""
+        if node.input[1] in self.numbers:
+            return None
+        known = self.shapes.get(node.output[0])
+        whole = known if known and sum(not isinstance(d, int) for d in known) == 1 else self.asked_for(node)
+        return None if whole is None else self.constant([d if isinstance(d, int) else -1 for d in whole])
+
+    def asked_for(self, node: onnx.NodeProto) -> Shape | None:
+        """The shape that a Reshape makes, told from what its parts were taken from; None where more than one varies."""
+        given, made = self.shapes.get(node.input[0]), self.maker.get(node.input[1])
+        if given is None or made is None or made.op_type != "Concat":
+            return None
+        parts = [part for name in made.input for part in self.dimensions(name)]
+        sizes, names = [d for d in parts if isinstance(d, int)], [d for d in parts if not isinstance(d, int)]
+        if len(names) != 1 or names[0] is None or names != [d for d in given if not isinstance(d, int)]:
+            return None
+        if 0 in sizes or sizes.count(-1) > 1:
+            return None
+        rest = math.prod(d for d in given if isinstance(d, int)) // math.prod(d for d in sizes if d != -1)
+        return [rest if d == -1 else d for d in parts]
+
+    def dimensions(self, name: str) -> Shape:
+        """A part of a shape: numbers, or one dimension of another value."""
+        if name in self.numbers:
+            return list(self.numbers[name])
+        taken = self.maker.get(name)
+        if taken is not None and taken.op_type == "Unsqueeze":
+            taken = self.maker.get(taken.input[0])
+        shape = self.maker.get(taken.input[0]) if taken is not None and taken.op_type == "Gather" else None
+        if taken is None or shape is None or shape.op_type != "Shape" or shape.attribute:
+            return [None]
+        of, axis = self.shapes.get(shape.input[0]), self.numbers.get(taken.input[1], [])
+        return [of[axis[0]]] if of is not None and len(axis) == 1 and -len(of) <= axis[0] < len(of) else [None]
+
+    def constant(self, sizes: list[int]) -> str:
+        from onnx import TensorProto, helper
+
+        name = f"shape{sizes}"
+        if name not in self.numbers:
+            self.graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, [len(sizes)], sizes))
+            self.numbers[name] = sizes
+        return name
 
     def between(self, kind: str, inputs: list[str], node: onnx.NodeProto, order: list[int] | None = None) -> str:
         """A new value that `node` is to be made from."""
@@ -108,6 +160,10 @@ class _Pass:
     def first_axis(self, node: onnx.NodeProto) -> bool:
         """Whether a Squeeze or Unsqueeze is of the first axis, and of no other."""
         return len(node.input) > 1 and self.numbers.get(node.input[1]) == [0]
+
+    def begins_with_one(self, shape: str) -> bool:
+        sizes = self.numbers.get(shape, [])
+        return len(sizes) > 1 and sizes[0] == 1 and 0 not in sizes
 
     def says_all(self, shape: str) -> bool:
         """Whether a shape asked for refers to none of what is reshaped, as a 0 would."""
@@ -160,12 +216,13 @@ def _dimensions(value: onnx.ValueInfoProto) -> Shape:
 
 
 def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with its large constants as inputs."""
+    """The model with its large constants as inputs, and of what it said of shapes only what nobody else can tell."""
     from onnx import helper
 
     graph = model.graph
     large = [tensor for tensor in graph.initializer if _is_large(tensor)]
     names = {tensor.name for tensor in large}
+    foreign = {name for node in graph.node if node.domain for name in node.output}
     return helper.make_model(
         helper.make_graph(
             graph.node,
@@ -173,12 +230,22 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
             [*graph.input, *(helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in large)],
             graph.output,
             [tensor for tensor in graph.initializer if tensor.name not in names],
-            value_info=graph.value_info,
+            value_info=[value for value in graph.value_info if value.name in foreign],
         ),
         opset_imports=model.opset_import,
         ir_version=model.ir_version,
         functions=model.functions,
     )
+
+
+def _store_weights(graph: onnx.GraphProto) -> None:
+    """What a product reads of constants becomes stored weights, which alone are made int8."""
+    read = {name for node in graph.node if node.op_type == "MatMul" for name in node.input}
+    for node in [n for n in graph.node if _holds_tensor(n) and n.output[0] in read]:
+        tensor = graph.initializer.add()
+        tensor.CopyFrom(node.attribute[0].t)
+        tensor.name = node.output[0]
+        graph.node.remove(node)
 
 
 def _take_away_unused(graph: onnx.GraphProto) -> None:
