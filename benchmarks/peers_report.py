@@ -92,6 +92,8 @@ def write(found: list[Measured], parts: dict[str, list[Any]], args: argparse.Nam
             }
             if packed:
                 spread["over_packed"] = round(packed[m.way.id].median, 3)
+            if m.built is not None and m.built.flops is not None:
+                spread["flops"] = round(m.built.flops(rows), 3)
             if quality.value is not None:
                 spread[quality.measure.replace(" ", "_")] = round(quality.value, 4)
             record(

@@ -50,7 +50,7 @@ def exported(job: Job, *, drop: bool = False, int8: bool = False, runtime: str =
     def predict(rows: Sequence[Row]) -> Answers:
         return list(runner.answers(rows))
 
-    return Built(predict, note)
+    return Built(predict, note, (lambda rows: runner.speedup(runner.run(rows))) if drop else None)
 
 
 def way(id: str, label: str, make: Any, **options: Any) -> Way:

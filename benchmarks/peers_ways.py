@@ -36,10 +36,12 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Built:
-    """predict: rows in the caller's order → their logits, [C], or [N, 2] for question answering."""
+    """predict: rows in the caller's order → their logits, [C], or [N, 2] for question answering. flops: rows → how many times
+    fewer FLOPs they take than with nothing dropped, where something is."""
 
     predict: Predict
     note: str = ""
+    flops: Callable[[Sequence[Row]], float] | None = None
 
 
 @dataclass(frozen=True)
