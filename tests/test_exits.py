@@ -112,6 +112,31 @@ def test_an_exit_goes_with_every_method(method: str, name: str) -> None:
         assert single_trace.exited_at == [trace.exited_at[row]]
 
 
+@every_exit
+@every_policy
+def test_rows_leave_only_after_the_layers_named(policy: str, name: str) -> None:
+    inputs = batch("bert", ROWS)
+    model = attached("bert", name, POLICIES[policy])
+    thresher.set_exit(model, after=(1, 3))
+    batched, trace = traced(model, inputs)
+    assert set(trace.exited_at) <= {1, 3, LAYERS}
+    assert [any(asked) for asked in trace.asked] == [True, False, any(e > 1 for e in trace.exited_at)]
+    with thresher.simulated_drops():
+        simulated, simulated_trace = traced(model, inputs)
+    assert worst(batched, simulated) <= CLOSE
+    assert (trace.exited_at, trace.asked) == (simulated_trace.exited_at, simulated_trace.asked)
+    for row in range(len(ROWS)):
+        single, single_trace = traced(model, alone(inputs, row))
+        assert worst(row_of(batched, row), single) <= CLOSE
+        assert single_trace.exited_at == [trace.exited_at[row]]
+    geometry, policy_or_none = exit_of(model).geometry, policy_of(model) if policy != "none" else None
+    for row, spent in enumerate(flops(trace, geometry, policy_or_none, exit_of(model))):
+        asked = sum(layer <= trace.exited_at[row] for layer in (1, 3))
+        branches = sum(exit_of(model).overhead_flops(n[row]) for n in trace.asked if n[row])
+        assert sum(n[row] > 0 for n in trace.asked) == asked
+        assert spent == flops(trace, geometry, policy_or_none, None)[row] + branches
+
+
 # What every exit says and decides, by its paper's formula, on the stock model's own hidden states.
 
 
@@ -161,11 +186,14 @@ def said_by(name: str, branch: Any, states: list[list[float]]) -> list[float]:
     return linear(branch.classify, tanh(linear(branch.pool, states[0])))
 
 
+@pytest.mark.parametrize("after", [None, (1, 3)])
 @pytest.mark.parametrize("name", ["fastbert", "deebert", "confidence", "pabee"])
 @pytest.mark.parametrize("family", ["bert", "distilbert", "roberta"])
-def test_rows_leave_as_the_papers_say(family: str, name: str) -> None:
+def test_rows_leave_as_the_papers_say(family: str, name: str, after: tuple[int, ...] | None) -> None:
     inputs = batch(family, ROWS)
     model = attached(family, name)
+    if after is not None:
+        thresher.set_exit(model, after=after)
     exit = exit_of(model)
     got, trace = traced(model, inputs)
     with torch.no_grad(), thresher.stock():
@@ -173,7 +201,7 @@ def test_rows_leave_as_the_papers_say(family: str, name: str) -> None:
     for row, outputs in enumerate(stock):
         wanted, layer_of_exit = outputs.logits[0].tolist(), LAYERS
         last, held = None, 0
-        for layer in range(1, LAYERS):
+        for layer in after or range(1, LAYERS):
             logits = said_by(name, exit.branches[layer - 1], outputs.hidden_states[layer][0].tolist())
             p = softmax(logits)
             if name == "pabee":
@@ -755,6 +783,11 @@ def test_broken_settings_of_an_exit_are_refused(broken: Any, tmp_path: Path) -> 
         ("fastbert", {"threshold": None}),
         ("fastbert", {"strength": True}),
         ("fastbert", {"reverse": 1}),
+        ("fastbert", {"after": ()}),
+        ("fastbert", {"after": (0, 1)}),
+        ("pabee", {"after": (2, 1)}),
+        ("deebert", {"after": (1, 1)}),
+        ("deebert", {"after": 1}),
     ],
     ids=str,
 )
@@ -776,6 +809,8 @@ def test_settings_out_of_range_are_refused(kind: str, values: dict[str, Any]) ->
         ("pabee", "sequence", {"problem_type": "regression"}, "one value"),
         (thresher.DeeBERT(threshold=1.2), "sequence", {}, "log 3"),
         (thresher.PABEE(patience=2), "sequence", {}, "at most 1"),
+        (thresher.PABEE(after=(1,)), "sequence", {}, "after two at least"),
+        (thresher.FastBERT(after=(1, 3)), "sequence", {}, "after layers 1 to 2"),
         ("fastbrt", "sequence", {}, "fastbert"),
         (thresher.LTP(), "sequence", {}, "not the configuration of an exit"),
     ],
@@ -810,7 +845,11 @@ def test_settings_that_an_exit_cannot_change_are_refused() -> None:
     assert exit_of(model).config == thresher.PABEE(patience=2)
     thresher.set_exit(model, strength=0.5)
     assert exit_of(model).config == thresher.PABEE(patience=2, strength=0.5)
-    thresher.set_exit(model, patience=1)  # a value given is the value used
+    thresher.set_exit(model, after=(1, 2, 3))  # where rows may leave, and not how early
+    assert exit_of(model).config == thresher.PABEE(patience=2, strength=0.5, after=(1, 2, 3))
+    with pytest.raises(OptionError, match="at most 1"):
+        thresher.set_exit(model, after=(1, 3))
+    thresher.set_exit(model, patience=1, after=None)  # a value given is the value used
     assert exit_of(model).config == thresher.PABEE(patience=1)
     with pytest.raises(OptionError, match="no exit"):
         thresher.set_exit(thresher.attach(make("bert")), strength=1.0)

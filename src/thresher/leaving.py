@@ -36,6 +36,8 @@ class Leaving:
     def after_layer(self, layer: int, tokens: PackedTokens) -> PackedTokens:
         """The tokens of the rows that stay after this layer; the answers of the others are noted."""
         exit, trace = self.exit, self.trace
+        if not exit.asks(layer):
+            return self.passed(tokens)
         said = exit.says(layer, tokens)
         trace.asked.append(self._whole() if exit.config.answers_dropped else self.sizes(tokens))
         if exit.mode != "leave":
@@ -66,6 +68,11 @@ class Leaving:
             staying = torch.nonzero_static(~leaving, size=len(flags) - len(out)).squeeze(1)
             self._remembered = tuple(one[staying] for one in self._remembered)
         return self._without(tokens, leaving, flags)
+
+    def passed(self, tokens: PackedTokens) -> PackedTokens:
+        """The tokens as they are, after a layer at which nobody is asked."""
+        self.trace.asked.append([0] * len(self.trace.original))
+        return tokens
 
     def answer(self, layer: int, tokens: PackedTokens, places: list[int], index: Tensor, said: Tensor) -> None:
         """Note what rows that leave after `layer` answer. places: those of the rows in `tokens`; index: the same, [K] int64.
@@ -136,6 +143,8 @@ class Freezing(Leaving):
         """The tokens, with those frozen that are certain after this layer, and without the rows of which all are; the answers
         are noted."""
         exit, trace = self.exit, self.trace
+        if not exit.asks(layer):
+            return self.passed(tokens)
         if exit.mode == "record":
             return super().after_layer(layer, tokens)
         layout, frozen = tokens.layout, tokens.frozen

@@ -157,11 +157,12 @@ def exit_of(model: Any) -> Exit[Any]:
     return found
 
 
-def set_exit(model: Any, **settings: float) -> None:
-    """Choose when rows leave without training again: `threshold`, `patience` or `tolerance`, as the exit has it, `strength`.
+def set_exit(model: Any, **settings: Any) -> None:
+    """Choose when rows leave without training again: `threshold`, `patience` or `tolerance`, as the exit has it, `strength`,
+    and the layers `after` which they may.
 
-    set_exit(model, threshold=.3). A value given is the value used: strength is 1 again, unless it is given too. For the passes
-    that start from now on; `save` keeps it.
+    set_exit(model, threshold=.3). A value given is the value used: strength is 1 again, unless it is given too or `after` alone
+    is. For the passes that start from now on; `save` keeps it.
     Raises OptionError for a setting that this exit does not take at run time, or a value out of range.
     """
     attachment, old = attachment_of(model), exit_of(model)
@@ -171,7 +172,8 @@ def set_exit(model: Any, **settings: float) -> None:
     for name in settings:
         if name not in known:
             raise OptionError(f"The exit {old.config.method!r} cannot be set to another {name!r}{nearest(name, known)}")
-    attachment.exit = attachment.engine.exit = old.configured(old.config.replace(**{"strength": 1.0, **settings}))
+    fresh = {} if set(settings) == {"after"} else {"strength": 1.0}
+    attachment.exit = attachment.engine.exit = old.configured(old.config.replace(**{**fresh, **settings}))
 
 
 def set_config(model: Any, config: PolicyConfig) -> None:

@@ -103,6 +103,25 @@ def test_each_weight_of_a_layer_stands_in_one_graph(family: str, tmp_path: Path)
     assert sum(sizes) <= whole * (1.05 if family == "bert" else 4)
 
 
+@pytest.mark.parametrize("name", ["fastbert", "pabee"])
+def test_layers_after_which_nobody_may_leave_end_no_graph(name: str, tmp_path: Path) -> None:
+    model = attached("bert", name)
+    thresher.set_exit(model, after=(1, 3))
+    thresher.export(model, tmp_path)
+    agrees(model, "bert", tmp_path)
+    runner = thresher.Runner(tmp_path)
+    layers = [link.layer for link in runner.manifest.chain]
+    assert layers == (
+        [1, 3, 0] if name == "fastbert" else [3, 0]
+    )  # with patience nobody leaves where it is asked first
+    with thresher.tracing() as traces:
+        for row in range(len(ROWS)):
+            model(**alone(batch("bert", ROWS), row))
+    attachment = attachment_of(model)
+    spent = speedup(traces, attachment.engine.entrance.geometry, None, attachment.exit)
+    assert runner.speedup(runner.run(rows_of(batch("bert", ROWS)))) == pytest.approx(spent, rel=1e-9)
+
+
 def test_int8_is_what_branches_read_of_every_token_too(tmp_path: Path) -> None:
     thresher.export(attached("bert", "fastbert"), tmp_path, int8=True)
     first = onnx.load(tmp_path / "model.onnx").graph

@@ -66,21 +66,27 @@ class ExitConfig(Settings):
 
     strength: the one knob that calibration turns. 0 lets nobody leave, 1 is the configuration as written, larger lets rows
     leave earlier: thresholds are scaled by it, a patience is divided by it and rounded up.
+    after: the layers after which rows may leave, counted from 1; None: every one but the last. Elsewhere no branch is asked and
+    none costs anything, and a patience counts only the layers that are.
     """
 
     method: ClassVar[str] = ""
     serves: ClassVar[tuple[Kind, ...]] = ()
-    at_run_time: ClassVar[tuple[str, ...]] = ("strength",)  # what `set_exit` may change without training again
+    at_run_time: ClassVar[tuple[str, ...]] = ("strength", "after")  # what `set_exit` may change without training again
     labelled: ClassVar[bool] = False  # whether its branches learn from labels
     exports: ClassVar[bool] = True  # whether its decision can be written as operators of a graph
     answers_dropped: ClassVar[bool] = False  # whether its branches read the last states of dropped tokens too
 
     strength: float = 1.0
+    after: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 <= self.strength < float("inf"):
             raise OptionError(f"strength must be a number of at least 0, not {self.strength!r}.")
+        after = self.after
+        if after is not None and (not after or min(after) < 1 or list(after) != sorted(set(after))):
+            raise OptionError(f"after must be layers, counted from 1 and rising, or none for all of them, not {after}.")
 
     @classmethod
     def called(cls) -> str:
@@ -113,18 +119,30 @@ class Exit(nn.Module, Generic[ConfigT]):
             raise OptionError("An early exit needs a layer to leave out, and this model has one layer.")
         self.config, self.geometry, self.head = config, geometry, head
         self.check(config)
+        self.check_after(config)
         self.mode: Mode = "leave"
         self.branches = nn.ModuleList(self.branch() for _ in range(geometry.layers - 1))
 
     def configured(self, config: ConfigT) -> Self:
         """The same branches under other settings, for the passes that start from now on. Raises OptionError as `check`."""
         self.check(config)
+        self.check_after(config)
         new = copy.copy(self)
         new.config = config
         return new
 
     def check(self, config: ConfigT) -> None:
         """Raises OptionError for settings that have no sense for this model."""
+
+    def check_after(self, config: ConfigT) -> None:
+        """Raises OptionError for a layer after which no branch stands."""
+        last = self.geometry.layers - 1
+        if config.after is not None and max(config.after) > last:
+            raise OptionError(f"after names layer {max(config.after)}; rows may leave after layers 1 to {last}.")
+
+    def asks(self, layer: int) -> bool:
+        """Whether the branch after this layer speaks."""
+        return self.mode != "leave" or self.config.after is None or layer in self.config.after
 
     def follow(self, device: torch.device, training: bool) -> None:
         """Be where and in the mode that the model is: an exit is no submodule of it."""

@@ -20,7 +20,7 @@ class CertainExit(ExitConfig):
     """A row leaves when its branch's uncertainty is at most a threshold, times `strength`."""
 
     serves: ClassVar[tuple[Kind, ...]] = ("classes",)
-    at_run_time: ClassVar[tuple[str, ...]] = ("threshold", "strength")
+    at_run_time: ClassVar[tuple[str, ...]] = ("threshold", "strength", "after")
 
     threshold: float = 0.5
 

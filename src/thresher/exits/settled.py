@@ -26,7 +26,7 @@ class SettledExit(ExitConfig):
     So nobody leaves before layer patience + 1. None: half the layers. `strength` divides it.
     """
 
-    at_run_time: ClassVar[tuple[str, ...]] = ("patience", "strength")
+    at_run_time: ClassVar[tuple[str, ...]] = ("patience", "strength", "after")
 
     patience: int | None = None
 
@@ -48,7 +48,7 @@ class PABEE(SettledExit):
     method: ClassVar[str] = "pabee"
     labelled: ClassVar[bool] = True
     serves: ClassVar[tuple[Kind, ...]] = ("classes", "labels", "value")
-    at_run_time: ClassVar[tuple[str, ...]] = ("patience", "tolerance", "strength")
+    at_run_time: ClassVar[tuple[str, ...]] = ("patience", "tolerance", "strength", "after")
     tolerance: float = 0.05
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ class SettledStates(SettledExit):
 
     method: ClassVar[str] = "settled-states"
     serves: ClassVar[tuple[Kind, ...]] = ("states",)
-    at_run_time: ClassVar[tuple[str, ...]] = ("patience", "tolerance", "strength")
+    at_run_time: ClassVar[tuple[str, ...]] = ("patience", "tolerance", "strength", "after")
     exports: ClassVar[bool] = False  # an exported chain ends with answers, not with states
     patience: int | None = 1
     tolerance: float = 0.05
@@ -103,9 +103,14 @@ class PatientExit(Exit[SettledT]):
 
     def check(self, config: SettledT) -> None:
         """A patience must let somebody leave before the last layer."""
-        layers, most = self.geometry.layers, self.geometry.layers - 2
-        if most < 1:
+        layers = self.geometry.layers
+        most = (layers - 1 if config.after is None else len(config.after)) - 1
+        if layers < 3:
             raise OptionError(f"An exit with patience needs a model of at least 3 layers, and this one has {layers}.")
+        if most < 1:
+            raise OptionError(
+                f"after names one layer, {config.after}; whether an answer has settled shows after two at least."
+            )
         if config.patience is not None and config.patience > most:
             raise OptionError(
                 f"With patience={config.patience} nobody leaves before the last of {layers} layers; give at most {most}."

@@ -43,7 +43,8 @@ class Manifest:
     """inputs, outputs: of the whole chain, by name; the first output is the answer. int8: whether the layers' weights are.
 
     chain: the graphs; more than one where rows may leave early (`exit` names the rule). branch: the exit's own FLOPs after a
-    layer, written as `overhead`; branch_reads_dropped: whether these count the tokens the row came with.
+    layer, written as `overhead`; branch_reads_dropped: whether these count the tokens the row came with; after: the layers
+    where it is asked, None: all but the last.
     geometry: sizes of the encoder; overhead: for each layer [c0, c1, c2], the method's own FLOPs on n tokens being c0 + c1 n
     + c2 n^2. labels: names of the classes, or none. notes: what the model carried (its task). checked: how far the graph
     was found from the torch engine. files: sha256 by name. known: of each input, how many ids there are, counted from 0.
@@ -62,6 +63,7 @@ class Manifest:
     exit: str | None = None
     branch: tuple[float, float, float] = (0.0, 0.0, 0.0)
     branch_reads_dropped: bool = False
+    after: tuple[int, ...] | None = None
     labels: tuple[str, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
     checked: dict[str, float] = field(default_factory=dict)
@@ -133,6 +135,7 @@ def _manifest(values: dict[str, Any]) -> Manifest:
             "labels": tuple(values["labels"]),
             "overhead": tuple(tuple(layer) for layer in values["overhead"]),
             "branch": tuple(values["branch"]),
+            "after": values.get("after") and tuple(values["after"]),
             "chain": tuple(Link(x["layer"], tuple(x["inputs"]), tuple(x["outputs"])) for x in values["chain"]),
         }
     )

@@ -128,7 +128,7 @@ class Runner:
             read = fed if sizes.before else read
             spent += layer_flops(sizes, read, fed if sizes.midpoint else read)
             read = fed
-            if layer < sizes.layers:
+            if layer < sizes.layers and (self.manifest.after is None or layer in self.manifest.after):
                 spent += _at(self.manifest.branch, length if self.manifest.branch_reads_dropped else read)
         return spent
 

@@ -186,6 +186,7 @@ def _manifest(model: Any, runtime: Runtime, inputs: tuple[str, ...], ends: Ends,
         exit=None if exit is None else exit.config.method,
         branch=(0.0, 0.0, 0.0) if exit is None else _written(exit.overhead_flops, 1),
         branch_reads_dropped=exit is not None and exit.config.answers_dropped,
+        after=None if exit is None else exit.config.after,
         labels=tuple(str(labels[k]) for k in sorted(labels)) if "logits" in outputs else (),
         notes=attachment.notes,
     )
