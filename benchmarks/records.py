@@ -120,8 +120,8 @@ def headline(entries: dict[str, dict[str, Any]]) -> str:
     return (
         f"> **IMDb, MiniLM-L6 on two cores: {served:.0f}x faster than stock Hugging Face** in padded batches, "
         f"{over_peer:.1f}x faster than the fastest other way we found (OpenVINO int8); accuracy {before:.1f} to {after:.1f} % "
-        f"(tokens drop and rows leave early; exported in int8). **Embedding documents for search: {embedding:.1f}x faster** ({fewer:.1f}x "
-        f"fewer FLOPs), MRR {mrr:+.3f}, against the same model already run without padding."
+        f"(tokens drop and rows leave early; exported in int8). **Embedding documents for search: {embedding:.1f}x faster** "
+        f"({fewer:.1f}x fewer FLOPs), MRR {mrr:+.3f}, against the same model already run without padding."
     )
 
 
