@@ -855,6 +855,13 @@ def test_settings_that_an_exit_cannot_change_are_refused() -> None:
         thresher.set_exit(thresher.attach(make("bert")), strength=1.0)
 
 
+def test_the_patience_that_nobody_gave_fits_the_layers_named() -> None:
+    model = thresher.attach(make("bert", layers=6), exit="pabee")
+    assert exit_of(model).patience() == 3
+    thresher.set_exit(model, after=(1, 2))
+    assert exit_of(model).patience() == 1
+
+
 def test_a_cross_encoder_leaves_early(tmp_path: Path) -> None:
     sentence_transformers = pytest.importorskip("sentence_transformers")
     model = build(config_of("bert", LAYERS, num_labels=1))

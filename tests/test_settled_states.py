@@ -98,6 +98,22 @@ def test_simulated_batched_and_alone_are_one(policy: str, family: str) -> None:
         torch.testing.assert_close(single["last_hidden_state"], states_of(batched, row), rtol=0, atol=CLOSE)
 
 
+def test_rows_leave_only_after_the_layers_named() -> None:
+    """The vector after the first of them is what that after the next is compared with."""
+    inputs, model = batch("bert", ROWS), attached("bert")
+    for tolerance in (step / 50 for step in range(1, 100)):
+        thresher.set_exit(model, after=(1, 3), tolerance=tolerance)
+        batched, trace = traced(model, inputs)
+        if set(trace.exited_at) == {3, LAYERS}:
+            break
+    assert set(trace.exited_at) == {3, LAYERS}
+    assert not any(trace.asked[1])
+    for row in range(len(ROWS)):
+        single, single_trace = traced(model, alone(inputs, row))
+        assert single_trace.exited_at == [trace.exited_at[row]]
+        torch.testing.assert_close(single["last_hidden_state"], states_of(batched, row), rtol=0, atol=CLOSE)
+
+
 @pytest.mark.parametrize("method", sorted(CONFIGS))
 def test_it_goes_with_every_method(method: str) -> None:
     inputs = batch("bert", ROWS)

@@ -133,6 +133,17 @@ def test_rows_leave_the_same_simulated_batched_and_alone(policy: str, family: st
         assert (trace.dropped_at() > 0).any()
 
 
+@every_name
+def test_only_after_the_layers_named(name: str) -> None:
+    model = attached("bert", thresher.SENTEE() if name == "sentee" else thresher.TokEE(window=3))
+    thresher.set_exit(model, after=(1, 3))
+    trace = three_ways(model, "bert")
+    assert set(trace.exited_at) <= {1, 3, LAYERS}
+    assert [any(asked) for asked in trace.asked][1::2] == [False, False]
+    if name == "tokee":
+        assert {layer for layer, _ in trace.frozen} == {1, 3}
+
+
 # Against the stock layers, one row at a time and one token after the other.
 
 

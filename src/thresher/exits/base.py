@@ -88,6 +88,10 @@ class ExitConfig(Settings):
         if after is not None and (not after or min(after) < 1 or list(after) != sorted(set(after))):
             raise OptionError(f"after must be layers, counted from 1 and rising, or none for all of them, not {after}.")
 
+    def may_leave(self, layer: int) -> bool:
+        """Whether `after` lets a row leave after this layer."""
+        return self.after is None or layer in self.after
+
     @classmethod
     def called(cls) -> str:
         return f"exit {cls.method!r}"
@@ -142,7 +146,7 @@ class Exit(nn.Module, Generic[ConfigT]):
 
     def asks(self, layer: int) -> bool:
         """Whether the branch after this layer speaks."""
-        return self.mode != "leave" or self.config.after is None or layer in self.config.after
+        return self.mode != "leave" or self.config.may_leave(layer)
 
     def follow(self, device: torch.device, training: bool) -> None:
         """Be where and in the mode that the model is: an exit is no submodule of it."""

@@ -104,7 +104,7 @@ class PatientExit(Exit[SettledT]):
     def check(self, config: SettledT) -> None:
         """A patience must let somebody leave before the last layer."""
         layers = self.geometry.layers
-        most = (layers - 1 if config.after is None else len(config.after)) - 1
+        most = _most(layers, config)
         if layers < 3:
             raise OptionError(f"An exit with patience needs a model of at least 3 layers, and this one has {layers}.")
         if most < 1:
@@ -118,7 +118,8 @@ class PatientExit(Exit[SettledT]):
 
     def patience(self) -> int:
         given = self.config.patience
-        patience = max(1, min(self.geometry.layers // 2, self.geometry.layers - 2)) if given is None else given
+        layers = self.geometry.layers
+        patience = max(1, min(layers // 2, _most(layers, self.config))) if given is None else given
         return max(1, math.ceil(min(patience / self.config.strength, self.geometry.layers)))
 
     def answer(self, said: Tensor) -> Tensor:
@@ -137,6 +138,11 @@ class PatientExit(Exit[SettledT]):
         held = torch.where(self.same(now, last), held + 1, 0)
         patience = self.patience()
         return held >= patience if layer > patience else None, (now, held)
+
+
+def _most(layers: int, config: SettledExit) -> int:
+    """The longest patience with which a row may leave: its answer at one asked layer is what the others are compared with."""
+    return (layers - 1 if config.after is None else len(config.after)) - 1
 
 
 class PABEEExit(PatientExit[PABEE]):

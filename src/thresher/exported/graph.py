@@ -75,7 +75,7 @@ def early(exit: Exit[Any], trace: Trace, ids: Tensor, *, drops: bool) -> dict[in
     found: dict[int, dict[str, Tensor]] = {}
     memory = None
     for layer, said in enumerate(trace.branches, start=1):
-        if exit.config.after is not None and layer not in exit.config.after:
+        if not exit.config.may_leave(layer):
             continue
         leaving, memory = exit.decide(layer, said, memory)
         if leaving is None:
