@@ -26,7 +26,7 @@ FLOORS = [
     ["exported.sessions"],
     ["exported.runner"],
     ["backbones", "linears", "tiles"],
-    ["cpu", "cuda", "evidence"],
+    ["bands", "cpu", "cuda", "evidence"],
     ["attention", "frozen"],
     ["policy"],
     ["parts", "exits", "protection"],

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thresher import cuda
+from thresher import bands, cuda
 from thresher.cpu import attend_by_head, heads_apart, learns_from_probabilities, memory_for
 from thresher.evidence import NO_EVIDENCE, NOTHING, Evidence, Gathered, Row, Wanted, join_rows
 from thresher.packed import Layout, PackedTokens, being_exported, on_cuda
@@ -37,8 +37,13 @@ def attend(
     """
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     layout = tokens.layout
+    if window is not None and layout.width - 1 <= window and not being_exported():
+        window = None  # it reaches every token of the widest row
     if on_cuda(query) and not wanted.full:
         return _on_cuda(query, key, value, tokens, scale, dropout, window, wanted, position_bias)
+    banded = not wanted and position_bias is None and not being_exported()
+    if window is not None and banded and bands.pays(layout.sizes, window):
+        return bands.attend_in_bands(query, key, value, tokens, window, scale, dropout), NO_EVIDENCE
     plain = tokens.log_weight is None and window is None and position_bias is None
     alike = len(set(layout.sizes)) == 1
     if plain and not wanted and alike and not _by_probabilities(query, key, value, layout.sizes[0]):
@@ -70,8 +75,6 @@ def _on_cuda(
 ) -> tuple[Tensor, Evidence]:
     """Flash attention, and evidence from its log-sum-exp, wherever both are exact; else padded, in a few large operations."""
     layout = tokens.layout
-    if window is not None and layout.width - 1 <= window:
-        window = None  # it reaches every token of the widest row
     unbiased = tokens.log_weight is None and position_bias is None
     teaches = not wanted.detached and torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
     flash = unbiased and dropout == 0.0 and not (wanted and teaches) and cuda.fits(query, scale, window)
@@ -201,11 +204,14 @@ def _bias(row: Row, window: int | None, position_bias: PositionBias | None, dtyp
         apart = (at.unsqueeze(0) - at.unsqueeze(1)).abs()
         far = apart > window
         blocked = torch.zeros(far.shape, dtype=dtype, device=at.device).masked_fill(far, float("-inf"))
-        bias = blocked if bias is None else bias + blocked
-        # A simulated-dropped token whose whole window is dropped has nobody left to look at; it may see itself, and
-        # nobody reads what it then computes.
-        lonely = torch.isinf(bias).all(-1)
-        bias = torch.where(lonely.unsqueeze(1) & (apart == 0), 0.0, bias)
+        if bias is None:
+            bias = blocked
+        else:
+            bias = bias + blocked
+            # A simulated-dropped token whose whole window is dropped has nobody left to look at; it may see itself, and
+            # nobody reads what it then computes.
+            lonely = torch.isinf(bias).all(-1)
+            bias = torch.where(lonely.unsqueeze(1) & (apart == 0), 0.0, bias)
     if position_bias is None:
         return None if bias is None else bias.unsqueeze(0)
     by_head = position_bias(row.positions).to(dtype)

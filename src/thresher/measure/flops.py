@@ -2,7 +2,7 @@
 
 One layer that attends over n tokens and feeds m forward: 8 n d^2 (four projections) + 4 n^2 d (scores and context) + 4
 m d i (feed-forward of width i; 6 m d i when gated), plus the method's own work. Where only q of the n tokens ask, the others
-being frozen: 4 (n + q) d^2 + 4 q n d.
+being frozen: 4 (n + q) d^2 + 4 q n d. A layer whose tokens see a window counts as one that sees everything, on both sides.
 """
 
 from __future__ import annotations

@@ -1,0 +1,129 @@
+"""Attention within a window in bands, against one dense map of the whole batch in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from thresher import attention, bands
+from thresher.attention import attend
+from thresher.bands import attend_in_bands
+from thresher.evidence import Wanted
+from thresher.packed import PackedTokens
+
+HEADS, SIZE = 2, 8
+
+
+def packed(lengths: list[int], gap: int = 1, *, simulated: bool = False) -> PackedTokens:
+    width = max(lengths) * gap
+    mask = torch.zeros(len(lengths), width, dtype=torch.bool)
+    for row, n in enumerate(lengths):
+        mask[row, : n * gap : gap] = True
+    return PackedTokens.pack(torch.zeros(len(lengths), width, 1), mask, simulated=simulated)
+
+
+def qkv(total: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(HEADS, total, SIZE, generator=generator) for _ in range(3)]
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens, window: int, scale: float) -> Tensor:
+    rows, at = tokens.layout.rows, tokens.positions
+    sees = (rows[:, None] == rows) & ((at[:, None] - at).abs() <= window)
+    logits = query.double() @ key.double().transpose(1, 2) * scale
+    if tokens.log_weight is not None:
+        logits = logits + tokens.log_weight.double()
+    logits = logits.masked_fill(~sees, -math.inf)
+    return (logits.softmax(-1).nan_to_num() @ value.double()).transpose(0, 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=4),
+    window=st.integers(0, 70),
+    gap=st.integers(1, 3),
+    drops=st.sampled_from(["nothing", "physical", "simulated"]),
+    weights=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_bands_are_dense_attention_within_the_window(
+    lengths: list[int], window: int, gap: int, drops: str, weights: bool, seed: int
+) -> None:
+    tokens = packed(lengths, gap, simulated=drops == "simulated")
+    generator = torch.Generator().manual_seed(seed)
+    if drops != "nothing":
+        keep = torch.rand(len(tokens.positions), generator=generator) < 0.4
+        tokens = tokens.keep(keep | tokens.layout.protected)
+    if weights and drops != "simulated":
+        weight = torch.randn(len(tokens.positions), generator=generator)
+        tokens = PackedTokens(tokens.hidden, tokens.layout, log_weight=weight)
+    q, k, v = qkv(len(tokens.positions), seed)
+    got = attend_in_bands(q, k, v, tokens, window, 0.3)
+    assert not got.isnan().any()
+    there = slice(None) if tokens.alive is None else tokens.alive  # what a dropped token computes nobody reads
+    torch.testing.assert_close(
+        got[there].double(), dense(q, k, v, tokens, window, 0.3)[there], rtol=0, atol=1e-5, check_dtype=False
+    )
+
+
+def test_gradients_are_those_of_dense_attention_and_reach_soft_weights() -> None:
+    tokens, window = packed([70, 3, 41]), 5
+    weight = torch.randn(len(tokens.positions), generator=torch.Generator().manual_seed(4))
+    pull = torch.randn(len(weight), HEADS, SIZE, generator=torch.Generator().manual_seed(5))
+    found = []
+    for way in (attend_in_bands, dense):
+        given_ = [x.requires_grad_() for x in (*qkv(len(weight)), weight.clone())]
+        softly = PackedTokens(tokens.hidden, tokens.layout, log_weight=given_[3])
+        (way(given_[0], given_[1], given_[2], softly, window, 0.3) * pull).sum().backward()
+        found.append([x.grad for x in given_])
+    for got, expected in zip(*found, strict=True):
+        assert got is not None
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-5, check_dtype=False)
+
+
+def test_a_row_gets_in_a_batch_what_it_gets_alone() -> None:
+    lengths, window = [33, 64, 1, 90], 4
+    together = packed(lengths)
+    q, k, v = qkv(sum(lengths))
+    whole = attend_in_bands(q, k, v, together, window, 0.3)
+    start = 0
+    for n in lengths:
+        at = slice(start, start + n)
+        alone = attend_in_bands(q[:, at], k[:, at], v[:, at], packed([n]), window, 0.3)
+        torch.testing.assert_close(alone, whole[at], rtol=0, atol=1e-6)
+        start += n
+
+
+@pytest.mark.parametrize(
+    ("lengths", "window", "wanted", "taken"),
+    [
+        ([300, 20], 16, Wanted(), True),
+        ([300, 20], 16, Wanted(mass=True), False),  # evidence is read from a row's whole map
+        ([20] * 9, 16, Wanted(), False),  # a band would be wider than the rows
+        ([300, 20], None, Wanted(), False),
+        ([300, 20], 400, Wanted(), False),
+    ],
+)
+def test_long_rows_go_through_bands(
+    lengths: list[int], window: int | None, wanted: Wanted, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(attention.bands, "attend_in_bands", lambda *a: calls.append(a) or attend_in_bands(*a))
+    tokens = packed(lengths)
+    q, k, v = qkv(sum(lengths))
+    context, _ = attend(q, k, v, tokens, window=window, wanted=wanted)
+    assert bool(calls) is taken
+    expected = dense(q, k, v, tokens, 10**6 if window is None else window, SIZE**-0.5)
+    torch.testing.assert_close(context.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_bands_pay_where_rows_are_longer_than_they() -> None:
+    assert bands.pays([400], 64)
+    assert not bands.pays([190] * 8, 64)
+    assert not bands.pays([96], 32)
+    assert bands.pays([97], 32)
