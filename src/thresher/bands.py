@@ -59,7 +59,7 @@ def _mask(tokens: PackedTokens, window: int, block: int, after: int, dtype: torc
     line = F.pad(F.pad(at, (window, 0), value=-beyond), (0, window + after), value=beyond)
     asking = line[window : len(line) - window].unflatten(0, (-1, block))
     reading = line.unfold(0, block + 2 * window, block)
-    seen = (asking.unsqueeze(2) - reading.unsqueeze(1)).abs() <= window
+    seen: Tensor = (asking.unsqueeze(2) - reading.unsqueeze(1)).abs() <= window
     if tokens.log_weight is None:
         return seen.unsqueeze(1)
     weights = F.pad(tokens.log_weight.to(dtype), (window, window + after)).unfold(0, block + 2 * window, block)
