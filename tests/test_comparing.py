@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -515,6 +516,16 @@ def test_a_target_that_nobody_meets_keeps_the_results(done: Comparison, tmp_path
     assert "Nothing meets a FLOPs speedup of at least" in verdict(found)
     assert "speedup=1000" in found.missed["random"]
     assert json.loads((directory / "comparison.json").read_text())["pick"] is None
+
+
+def test_a_pick_that_loses_more_than_allowed_on_the_judged_rows_is_said_to(done: Comparison) -> None:
+    assert done.pick is not None
+    for loss, words in ((0.02, "at most 2.0 points"), (0.05, "more than was asked for")):
+        found = replace(done, target=Target("max_loss", 0.02), pick=replace(done.pick, loss=loss))
+        assert words in verdict(found)
+        assert ("more than was asked for" in verdict(found)) is (loss > 0.02)
+    assert f"{done.parts[0][1]} rows" in verdict(found)
+    assert "more than was asked for" not in verdict(replace(done, pick=replace(done.pick, loss=0.05)))  # a speedup's
 
 
 def test_nobody_trains_for_a_target_that_is_out_of_reach(tmp_path: Path) -> None:

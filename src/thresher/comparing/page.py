@@ -116,7 +116,7 @@ def verdict(comparison: Comparison) -> str:
         sure = "" if picked.error is None else f" (± {100 * picked.error:.1f})"
         return (
             f"For {comparison.target} the pick is {picked.contestant}: {ratio(picked.judged.speedup)} fewer FLOPs and "
-            f"{lost(picked.loss)}{sure} of {comparison.label} lost on rows that nothing was chosen on."
+            f"{lost(picked.loss)}{sure} of {comparison.label} lost on rows that nothing was chosen on.{_too_much(comparison)}"
         )
     if near is None:
         return f"No method read less than the start, so nothing meets {comparison.target}."
@@ -124,6 +124,17 @@ def verdict(comparison: Comparison) -> str:
         f"Nothing meets {comparison.target}; of what the methods were set to, the nearest is {near.contestant} with "
         f"{ratio(near.chosen.speedup)} and {lost(comparison.baseline[0] - near.chosen.quality)} lost on the rows that settings "
         "are chosen on."
+    )
+
+
+def _too_much(comparison: Comparison) -> str:
+    """What to make of a pick that loses more than was allowed on the rows that judge it; empty for any other."""
+    picked, target = comparison.pick, comparison.target
+    if picked is None or target.kind != "max_loss" or picked.loss <= target.value:
+        return ""
+    return (
+        f" That is more than was asked for: {comparison.parts[0][1]} rows are few to choose a setting on. Give more with "
+        "--validation (validation=), or ask for less."
     )
 
 
