@@ -63,7 +63,7 @@ def test_bands_are_dense_attention_within_the_window(
         weight = torch.randn(len(tokens.positions), generator=generator)
         tokens = PackedTokens(tokens.hidden, tokens.layout, log_weight=weight)
     q, k, v = qkv(len(tokens.positions), seed)
-    got = attend_in_bands(q, k, v, tokens, window, 0.3)
+    got, *_ = attend_in_bands(q, k, v, tokens, window, 0.3)
     assert not got.isnan().any()
     there = slice(None) if tokens.alive is None else tokens.alive  # what a dropped token computes nobody reads
     torch.testing.assert_close(
@@ -79,22 +79,60 @@ def test_gradients_are_those_of_dense_attention_and_reach_soft_weights() -> None
     for way in (attend_in_bands, dense):
         given_ = [x.requires_grad_() for x in (*qkv(len(weight)), weight.clone())]
         softly = PackedTokens(tokens.hidden, tokens.layout, log_weight=given_[3])
-        (way(given_[0], given_[1], given_[2], softly, window, 0.3) * pull).sum().backward()
+        out = way(given_[0], given_[1], given_[2], softly, window, 0.3)
+        ((out if way is dense else out[0]) * pull).sum().backward()
         found.append([x.grad for x in given_])
     for got, expected in zip(*found, strict=True):
         assert got is not None
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-5, check_dtype=False)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(40, 90), min_size=1, max_size=3),
+    window=st.integers(0, 9),
+    drops=st.sampled_from(["nothing", "physical", "simulated"]),
+    wanted=st.sampled_from(
+        [Wanted(mass=True), Wanted(diagonal=True), Wanted(mass=True, by_segment=True, diagonal=True)]
+    ),
+    together=st.sampled_from([1, bands.TOGETHER]),
+    seed=st.integers(0, 9),
+)
+def test_evidence_is_that_of_whole_maps(
+    lengths: list[int], window: int, drops: str, wanted: Wanted, together: int, seed: int
+) -> None:
+    """The way that reads each row's n x n has the same evidence, and the same gradients of it."""
+    tokens = packed(lengths, simulated=drops == "simulated")
+    generator = torch.Generator().manual_seed(seed)
+    if drops != "nothing":
+        keep = torch.rand(len(tokens.positions), generator=generator) < 0.6
+        tokens = tokens.keep(keep | tokens.layout.protected)
+    found = []
+    for pays in (lambda *_: True, lambda *_: False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bands, "pays", pays)
+            patch.setattr(bands, "TOGETHER", together)
+            q, k, v = (x.requires_grad_() for x in qkv(len(tokens.positions), seed))
+            context, evidence = attend(q, k, v, tokens, window=window, wanted=wanted)
+            parts = [context, *(x for x in (evidence.mass, evidence.diagonal, evidence.by_segment) if x is not None)]
+            assert len(parts) == 1 + wanted.mass + wanted.diagonal + wanted.by_segment
+            if tokens.alive is not None:
+                parts = [x[tokens.alive] for x in parts]
+            sum((x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum() for x in parts).backward()  # type: ignore[union-attr]
+            found.append([*parts, q.grad, k.grad, v.grad])
+    for ours, whole in zip(*found, strict=True):
+        torch.testing.assert_close(ours, whole, rtol=0, atol=2e-5)
+
+
 def test_a_row_gets_in_a_batch_what_it_gets_alone() -> None:
     lengths, window = [33, 64, 1, 90], 4
     together = packed(lengths)
     q, k, v = qkv(sum(lengths))
-    whole = attend_in_bands(q, k, v, together, window, 0.3)
+    whole, *_ = attend_in_bands(q, k, v, together, window, 0.3)
     start = 0
     for n in lengths:
         at = slice(start, start + n)
-        alone = attend_in_bands(q[:, at], k[:, at], v[:, at], packed([n]), window, 0.3)
+        alone, *_ = attend_in_bands(q[:, at], k[:, at], v[:, at], packed([n]), window, 0.3)
         torch.testing.assert_close(alone, whole[at], rtol=0, atol=1e-6)
         start += n
 
@@ -103,7 +141,8 @@ def test_a_row_gets_in_a_batch_what_it_gets_alone() -> None:
     ("lengths", "window", "wanted", "taken"),
     [
         ([300, 20], 16, Wanted(), True),
-        ([300, 20], 16, Wanted(mass=True), False),  # evidence is read from a row's whole map
+        ([300, 20], 16, Wanted(mass=True), True),
+        ([300, 20], 16, Wanted(block=32), False),  # blocks are counted from a row's start
         ([20] * 9, 16, Wanted(), False),  # a band would be wider than the rows
         ([300, 20], None, Wanted(), False),
         ([300, 20], 400, Wanted(), False),

@@ -41,9 +41,13 @@ def attend(
         window = None  # it reaches every token of the widest row
     if on_cuda(query) and not wanted.full:
         return _on_cuda(query, key, value, tokens, scale, dropout, window, wanted, position_bias)
-    banded = not wanted and position_bias is None and not being_exported()
+    banded = not (wanted.full or wanted.block or position_bias or being_exported())
     if window is not None and banded and bands.pays(layout.sizes, window):
-        return bands.attend_in_bands(query, key, value, tokens, window, scale, dropout), NO_EVIDENCE
+        weights = cuda.query_weights(tokens, wanted.by_segment) if wanted.received else None
+        context, sums, own = bands.attend_in_bands(
+            query, key, value, tokens, window, scale, dropout, weights, wanted.diagonal
+        )
+        return context, _means(wanted, sums, own, None, weights, query, layout)
     plain = tokens.log_weight is None and window is None and position_bias is None
     alike = len(set(layout.sizes)) == 1
     if plain and not wanted and alike and not _by_probabilities(query, key, value, layout.sizes[0]):
@@ -94,9 +98,21 @@ def _on_cuda(
     context, sums, own, blocks = cuda.attend_padded(
         query, key, value, tokens, scale, dropout, window, weights, wanted.diagonal, position_bias, wanted.block
     )
+    return context, _means(wanted, sums, own, blocks, weights, query, layout)
+
+
+def _means(
+    wanted: Wanted,
+    sums: Tensor | None,
+    own: Tensor | None,
+    blocks: Tensor | None,
+    weights: Tensor | None,
+    query: Tensor,
+    layout: Layout,
+) -> Evidence:
     if weights is None or sums is None:
-        return context, _only(wanted, None, blocks)
-    return context, _only(wanted, cuda.means(sums, own, weights, layout, len(query)), blocks)
+        return _only(wanted, None, blocks)
+    return _only(wanted, cuda.means(sums, own, weights, layout, len(query)), blocks)
 
 
 def _only(wanted: Wanted, found: cuda.Received | None, blocks: Tensor | None) -> Evidence:

@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from thresher.timing import mark
+
 if TYPE_CHECKING:
     from thresher.packed import PackedTokens
 
 NARROWEST = 32  # queries that share a band of keys; fewer would make many small products
+TOGETHER = 2**20  # probabilities that are read at a time, so that they are still in the processor's caches
 
 
 def pays(sizes: list[int], window: int) -> bool:
@@ -21,13 +24,25 @@ def pays(sizes: list[int], window: int) -> bool:
 
 
 def attend_in_bands(
-    query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens, window: int, scale: float, dropout: float = 0.0
-) -> Tensor:
-    """Each token attends to those of its row at most `window` original positions away: [T, H, d] from [H, T, d].
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tokens: PackedTokens,
+    window: int,
+    scale: float,
+    dropout: float = 0.0,
+    weights: Tensor | None = None,
+    own: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Each token attends to those of its row at most `window` original positions away; gradients flow through all returned.
 
     The batch is cut into blocks of queries; a block reads itself and `window` tokens to either side, since dropping only
     brings tokens nearer to each other. All rows are done at once: T (block + 2 window) products for each head, and no row's
     n^2. A token that sees nobody, as all around it are dropped in a simulation, sees itself.
+
+    query, key, value: [H, T, d]. weights: [C, T] float32, what each query counts for in each of C sums, or None.
+    Returns the context [T, H, d], sums over heads and queries i of weights[c, i] * A_h[i, j] as [C, T], and if `own` the sums
+    over heads of A_h[j, j] as [T].
     """
     heads, total, _ = query.shape
     block = _block(window)
@@ -36,8 +51,48 @@ def attend_in_bands(
     q = F.pad(query, (0, 0, 0, after)).unflatten(1, (count, block)).transpose(0, 1)
     k, v = (_bands(F.pad(x, (0, 0, window, window + after)), block, window) for x in (key, value))
     mask = _mask(tokens, window, block, after, query.dtype)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
-    return out.permute(0, 2, 1, 3).reshape(count * block, heads, -1)[:total]
+    if weights is None and not own:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+        return _packed(out, total), None, None
+    counted = None if weights is None else F.pad(weights, (0, after)).unflatten(1, (count, block)).transpose(0, 1)
+    outs, sums, diagonals = [], [], []
+    step = max(TOGETHER // (heads * block * k.shape[2]), 1)
+    for part in (slice(start, start + step) for start in range(0, count, step)):
+        probabilities = _probabilities(q[part] * scale, k[part], mask[part])
+        used = F.dropout(probabilities, dropout) if dropout else probabilities
+        outs.append(used.to(v.dtype) @ v[part])
+        mark("attention")
+        if counted is not None:
+            sums.append((counted[part].unsqueeze(1) @ probabilities).sum(1))
+        if own:
+            diagonals.append(probabilities.diagonal(window, dim1=-2, dim2=-1).sum(1))
+        mark("evidence")
+    return (
+        _packed(torch.cat(outs), total),
+        _folded(torch.cat(sums), block, window)[:, :total] if sums else None,
+        torch.cat(diagonals).flatten()[:total] if diagonals else None,
+    )
+
+
+def _probabilities(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
+    """[blocks, H, block, band] float32; mask: whom each query sees, or what is added to its logits."""
+    logits = query @ key.transpose(-1, -2)
+    seen = mask.dtype is torch.bool
+    logits = logits.masked_fill_(~mask, float("-inf")) if seen else logits + mask
+    return logits.softmax(-1, dtype=torch.float32)
+
+
+def _packed(blocks: Tensor, total: int) -> Tensor:
+    """[T, H, d] from [blocks, H, block, d]."""
+    return blocks.transpose(1, 2).flatten(0, 1)[:total]
+
+
+def _folded(bands: Tensor, block: int, window: int) -> Tensor:
+    """[C, blocks * block], each token's sum over the bands that hold it, [blocks, C, band]."""
+    count, lines, width = bands.shape
+    place = torch.arange(width, device=bands.device) + block * torch.arange(count, device=bands.device).unsqueeze(1)
+    whole = bands.new_zeros(lines, count * block + 2 * window)
+    return whole.index_add(1, place.flatten(), bands.transpose(0, 1).flatten(1))[:, window:]
 
 
 def _block(window: int) -> int:
