@@ -287,10 +287,13 @@ def write(found: list[Found], part: str, shape: Shape, args: Any, batches: list[
         if args.dry:
             continue
         judged = way.accuracy is not None
+        heading = "accuracy in percent, times as fast as full attention, memory" if judged else "times as fast, and memory"
         what = f"accuracy of {way.label}: {part}" if judged else f"time of full attention / of {way.label}: {part}"
         record(
             "long_range", f"long-range-{part}-{way.id}", what, 100 * way.accuracy if judged else spread.pop("faster"),
             "%" if judged else "x", baseline="speed: BERT, stock, the same padded batches", spread=spread,
+            cell=(heading, way.label, part if judged else f"{part} tokens"),
+            shown=("faster", "peak_mib") if judged else ("peak_mib",),
             data=("ListOps" if part == "listops" else "imdb, bytes") if judged else "random tokens",
             split="test" if judged else "", examples=args.test if judged else rows, seeds=[args.seed],
             note=f"{shape.layers} layers x {shape.hidden}, {shape.heads} heads, window {shape.window}, "
