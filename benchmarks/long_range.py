@@ -287,7 +287,9 @@ def write(found: list[Found], part: str, shape: Shape, args: Any, batches: list[
         if args.dry:
             continue
         judged = way.accuracy is not None
-        heading = "accuracy in percent, times as fast as full attention, memory" if judged else "times as fast, and memory"
+        heading = (
+            "accuracy in percent, times as fast as full attention, memory" if judged else "times as fast, and memory"
+        )
         what = f"accuracy of {way.label}: {part}" if judged else f"time of full attention / of {way.label}: {part}"
         record(
             "long_range", f"long-range-{part}-{way.id}", what, 100 * way.accuracy if judged else spread.pop("faster"),
