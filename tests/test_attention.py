@@ -163,7 +163,11 @@ def test_a_few_heads_at_a_time_is_the_same(
     original = cpu.attend_by_head
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     bare_too = {1: [460], 2: [230, 460]}.get(threads, [])
-    monkeypatch.setattr(attention, "attend_by_head", lambda q, *rest: [heads.append(q.shape[1]), original(q, *rest)][1])
+    monkeypatch.setattr(
+        attention,
+        "attend_by_head",
+        lambda q, *rest, **whole: [heads.append(q.shape[1]), original(q, *rest, **whole)][1],
+    )
     context, evidence = attend(q, k, v, tokens, window=window, wanted=everything)
     assert heads == [230, 7, 460]
     bare, _ = attend(q, k, v, tokens, window=window)
@@ -175,6 +179,47 @@ def test_a_few_heads_at_a_time_is_the_same(
     close(bare, slow)
     for name in ("mass", "diagonal", "by_segment", "blocks"):
         close(getattr(evidence, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("weights", ["plain", "log_weight", "simulated"])
+@pytest.mark.parametrize("window", [None, 300], ids=["global", "window"])
+@pytest.mark.parametrize("some", [1, 64, 100, 230])
+def test_some_queries_at_a_time_is_the_same(
+    some: int, window: int | None, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rows twice as long as that. What is read from whole maps alone gets them whole."""
+    from thresher import cpu, evidence
+
+    tokens = packed((230, 7, 460), gaps=2, simulated=weights == "simulated")
+    tokens = weighted(tokens) if weights == "log_weight" else halved(tokens) if weights == "simulated" else tokens
+    q, k, v = qkv(tokens)
+    sums = Wanted(mass=True, diagonal=True, by_segment=True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(cpu, "_alone", lambda n: n > 7)
+    monkeypatch.setattr(cpu, "LONG_FROM", {})
+    found = attend(q, k, v, tokens, window=window, wanted=sums)[1]
+    context, blocks = attend(q, k, v, tokens, window=window, wanted=Wanted(mass=True, block=32))
+    seen: list[tuple[int, ...]] = []
+    original = evidence._RowEvidence.heads
+    monkeypatch.setattr(
+        evidence._RowEvidence,
+        "heads",
+        lambda self, p, asking=None: [seen.append(p.shape), original(self, p, asking)][1],
+    )
+    monkeypatch.setattr(cpu, "LONG_FROM", {1: 2 * some})
+    monkeypatch.setattr(cpu, "QUERIES", {1: some})
+    parts, now = attend(q, k, v, tokens, window=window, wanted=sums)
+    assert {shape[1] for shape in seen if shape[2] == 460} == {x for x in (some, 460 % some) if x}
+    assert cpu.memory_for(q, [460], whole=False).numel() == 2 * some * 460
+    close(parts, context)
+    for name in ("mass", "diagonal", "by_segment"):
+        close(getattr(now, name), getattr(found, name))
+    seen.clear()
+    _, again = attend(q, k, v, tokens, window=window, wanted=Wanted(mass=True, block=32))
+    assert all(shape[1] == shape[2] for shape in seen)
+    close(again.blocks, blocks.blocks)
+    if tokens.log_weight is None:  # without evidence such rows go the same way
+        close(attend(q, k, v, tokens, window=window)[0], context)
 
 
 def by_matrices(query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens) -> Tensor:

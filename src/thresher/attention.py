@@ -41,7 +41,7 @@ def attend(
         window = None  # it reaches every token of the widest row
     if on_cuda(query) and not wanted.full:
         return _on_cuda(query, key, value, tokens, scale, dropout, window, wanted, position_bias)
-    banded = not (wanted.full or wanted.block or position_bias or being_exported())
+    banded = not (wanted.whole or position_bias or being_exported())
     if window is not None and banded and bands.pays(layout.sizes, window):
         weights = cuda.query_weights(tokens, wanted.by_segment) if wanted.received else None
         context, sums, own = bands.attend_in_bands(
@@ -160,8 +160,8 @@ def _row_by_row(
         n = q.shape[1]
         read = gathered.row(row).heads if wanted else None
         if place is not None and heads_apart(q, n, probabilities=bool(wanted)):
-            memory = memory_for(query, sizes) if memory is None else memory
-            attend_by_head(q, k, v, scale, memory, place.transpose(0, 1), bias, read)
+            memory = memory_for(query, sizes, whole=wanted.whole) if memory is None else memory
+            attend_by_head(q, k, v, scale, memory, place.transpose(0, 1), bias, read, whole=wanted.whole)
             continue
         if read is not None or (learns and learns_from_probabilities(q, n)):
             out, probabilities = _materialised(q, k, v, bias, scale, dropout)

@@ -20,6 +20,11 @@ from thresher.linears import fast_kernels, has_onednn
 ALONE_FROM = {1: 208, 2: 352}
 PLAIN_FROM = {1: 240, 2: 48}  # from here on the flash kernel is slower even where nobody asks for probabilities
 TOGETHER = 2**18  # probabilities at a time, 1 MB
+LONG_FROM = {
+    1: 768,
+    2: 1024,
+}  # tokens of a row whose map is too large for the caches, so that some QUERIES are done at a time
+QUERIES = {1: 256, 2: 512}
 LEARNING_TO = 384  # probabilities of a longer row are too many to keep for the backward pass
 
 
@@ -36,9 +41,9 @@ def learns_from_probabilities(query: Tensor, n: int) -> bool:
     return query.device.type == "cpu" and query.dtype is torch.bfloat16 and n <= LEARNING_TO
 
 
-def memory_for(query: Tensor, sizes: Sequence[int]) -> Tensor:
+def memory_for(query: Tensor, sizes: Sequence[int], *, whole: bool = True) -> Tensor:
     """What `attend_by_head` works in, for rows of these sizes one after the other. query: [H, ..., d]."""
-    return query.new_empty(2, max(_together(len(query), n) * n * n for n in sizes))
+    return query.new_empty(2, max(_together(len(query), n) * n * (n if whole else _at_a_time(n)) for n in sizes))
 
 
 def attend_by_head(
@@ -49,31 +54,43 @@ def attend_by_head(
     memory: Tensor,
     out: Tensor,
     bias: Tensor | None = None,
-    on_heads: Callable[[Tensor], object] | None = None,
+    on_heads: Callable[[Tensor, slice | None], object] | None = None,
+    *,
+    whole: bool = True,
 ) -> None:
     """One row's attention without gradients.
 
     query, key, value: [H, n, d] float32. memory: of `memory_for`. out: [H, n, d], where the context goes. bias: [1 or H, 1 or
-    n, n], added to the logits. on_heads: called with the probabilities [h, n, n] of some heads after others, which it may
-    read but not keep.
+    n, n], added to the logits. on_heads: called with the probabilities [h, m, n] of some heads' queries after others, and which
+    queries these are, None: all; it may read but not keep them. whole: whether they are to be all, always.
     """
     heads, n, _ = query.shape
-    together = _together(heads, n)
+    together, step = _together(heads, n), n if whole else _at_a_time(n)
     multiply = _one_head if _alone(n) else _some_heads
     query, key, columns = query * scale, key, value.transpose(1, 2)
     if _alone(n):
         query, key, columns = query.contiguous(), key.contiguous(), columns.contiguous()
-    logits, probabilities = (part[: together * n * n].view(together, n, n) for part in memory)
     for start in range(0, heads, together):
         some = slice(start, min(start + together, heads))
         here = some.stop - start
-        found = multiply(query[some], key[some], logits[:here])
-        if bias is not None:
-            found += bias[some] if len(bias) > 1 else bias
-        weights = torch.softmax(found, -1, out=probabilities[:here])
-        if on_heads is not None:
-            on_heads(weights)
-        out[some] = multiply(weights, columns[some])
+        for first in range(0, n, step):
+            asking = slice(first, min(first + step, n))
+            size = here * (asking.stop - first) * n
+            logits, probabilities = (part[:size].view(here, -1, n) for part in memory)
+            found = multiply(query[some, asking], key[some], logits)
+            if bias is not None:
+                by_head = bias[some] if len(bias) > 1 else bias
+                found += by_head[:, asking] if bias.shape[1] > 1 else by_head
+            weights = torch.softmax(found, -1, out=probabilities)
+            if on_heads is not None:
+                on_heads(weights, asking if step < n else None)
+            out[some, asking] = multiply(weights, columns[some])
+
+
+def _at_a_time(n: int) -> int:
+    """How many queries of a row of n tokens to compute at a time."""
+    threads = torch.get_num_threads()
+    return QUERIES[threads] if _alone(n) and n >= LONG_FROM.get(threads, n + 1) else n
 
 
 def _alone(n: int) -> bool:

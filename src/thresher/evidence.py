@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from thresher.packed import PackedTokens, being_exported
@@ -33,8 +34,13 @@ class Wanted:
         """Whether something is summed over queries."""
         return self.mass or self.diagonal or self.by_segment
 
+    @property
+    def whole(self) -> bool:
+        """Whether it can only be read where a head's probabilities are all there."""
+        return self.full or self.block > 0
+
     def __bool__(self) -> bool:
-        return self.received or self.full or self.block > 0
+        return self.received or self.whole
 
 
 NOTHING = Wanted()
@@ -130,17 +136,23 @@ class _RowEvidence:
         self.maps: list[Tensor] = []
         self.segments = row.segments
 
-    def heads(self, probabilities: Tensor) -> None:
-        """[h, n, n]"""
+    def heads(self, probabilities: Tensor, asking: slice | None = None) -> None:
+        """[h, m, n], of the queries `asking`, None: of all. Some heads' queries come one after the other, then other heads'."""
         mark("attention")
         wanted, before = self.wanted, self.count
-        self.count += probabilities.shape[0]
+        if asking is None or asking.start == 0:
+            self.count += probabilities.shape[0]
         if wanted.mass:
-            self._add(self.sums, _column_sum(probabilities, self.alive))
+            self._add(self.sums, _column_sum(probabilities, _some(self.alive, asking)))
         if wanted.diagonal:
-            self._add(self.diagonals, probabilities.diagonal(dim1=1, dim2=2).sum(0))
+            own = probabilities.diagonal(0 if asking is None else asking.start, dim1=1, dim2=2).sum(0)
+            if asking is not None:
+                own = F.pad(own, (asking.start, probabilities.shape[2] - asking.stop))
+            self._add(self.diagonals, own)
         if wanted.by_segment:
-            self._add(self.queried, _segment_sums(probabilities, self._queries(probabilities.dtype)))
+            queries = _some(self._queries(probabilities.dtype), asking)
+            assert queries is not None
+            self._add(self.queried, _segment_sums(probabilities, queries))
         if wanted.block:
             place = None if self.place is None else self.place[:, before : self.count]
             self.tiles.append(diagonal_tiles(probabilities, wanted.block, place))
@@ -174,8 +186,13 @@ class _RowEvidence:
         return self.tiles[0] if len(self.tiles) == 1 else torch.cat(self.tiles, 1)
 
 
+def _some(values: Tensor | None, asking: slice | None) -> Tensor | None:
+    """[..., m], what is said of some queries; None of all."""
+    return values if values is None or asking is None else values[..., asking]
+
+
 def _column_sum(probabilities: Tensor, alive: Tensor | None) -> Tensor:
-    """[n], the sum over heads and living queries of [h, n, n] float32."""
+    """[n], the sum over heads and living queries of [h, m, n] float32. alive: [m]."""
     if alive is None and being_exported():  # where each step is an operator to call, one
         return probabilities.sum((0, 1))
     weights = torch.ones_like(probabilities[:, :, 0])
@@ -188,7 +205,7 @@ def _column_sum(probabilities: Tensor, alive: Tensor | None) -> Tensor:
 
 
 def _segment_sums(probabilities: Tensor, queries: Tensor) -> Tensor:
-    """[2, n], for the queries of each segment ([2, n] of ones and zeros) the sum over heads of [h, n, n] float32."""
+    """[2, n], for the queries of each segment ([2, m] of ones and zeros) the sum over heads of [h, m, n] float32."""
     if torch.is_autocast_enabled(probabilities.device.type):
         return (probabilities.sum(0) * queries.unsqueeze(2)).sum(1)
     return queries.repeat(1, len(probabilities)) @ probabilities.reshape(-1, probabilities.shape[-1])
