@@ -169,6 +169,9 @@ def test_the_predictor_is_the_papers_network(side: int) -> None:
             x = (x + predictor.conv3.bias[:, None]).relu()
             expected = predictor.linear.weight @ x.flatten() + predictor.linear.bias
             torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-4)
+    learning = predictor(predictor.features(tiles))  # what learns keeps norms and convolutions apart
+    assert learning.requires_grad
+    torch.testing.assert_close(learning, got, rtol=1e-5, atol=1e-5)
 
 
 def test_one_value_a_channel_is_normed_by_what_was_seen() -> None:

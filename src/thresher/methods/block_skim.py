@@ -18,6 +18,7 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_weights
 
 from thresher.errors import OptionError, nearest
 from thresher.evidence import NOTHING, Evidence, Wanted
@@ -100,9 +101,24 @@ class BlockPredictor(nn.Module):
 
     def features(self, tiles: Tensor) -> Tensor:
         """[K, H, b, b] → [K, H, s, s]"""
+        if not (self.training or torch.is_grad_enabled() or being_exported()):
+            return self._inferred(tiles)
         x = self._pool(_norm(self.norm1, self.conv1(tiles)).relu())
         x = self._pool(_norm(self.norm2, self.conv2(x)).relu())
         return self.conv3(x).relu()  # type: ignore[no-any-return]
+
+    def _inferred(self, tiles: Tensor) -> Tensor:
+        """The same in half the time: norms are part of the convolutions, and the few channels of a place lie side by side."""
+        x = tiles.contiguous(memory_format=torch.channels_last)
+        for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
+            mean, variance = norm.running_mean, norm.running_var
+            assert mean is not None
+            assert variance is not None
+            weight, bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias
+            )
+            x = self._pool(F.conv2d(x, weight.contiguous(memory_format=torch.channels_last), bias, padding=1).relu_())
+        return self.conv3(x).relu_()  # type: ignore[no-any-return]
 
     def forward(self, features: Tensor) -> Tensor:
         """[K, H, s, s] → [K, 2]"""
