@@ -10,10 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import thresher
+from helpers import build, config_of
+from helpers import settings as settings_of
 from thresher import attention, bands
 from thresher.attention import attend
 from thresher.bands import attend_in_bands
 from thresher.evidence import Wanted
+from thresher.methods import CONFIGS
 from thresher.packed import PackedTokens
 
 HEADS, SIZE = 2, 8
@@ -108,7 +112,7 @@ def test_evidence_is_that_of_whole_maps(
         keep = torch.rand(len(tokens.positions), generator=generator) < 0.6
         tokens = tokens.keep(keep | tokens.layout.protected)
     found = []
-    for pays in (lambda *_: True, lambda *_: False):
+    for pays in (lambda *_, **__: True, lambda *_, **__: False):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(bands, "pays", pays)
             patch.setattr(bands, "TOGETHER", together)
@@ -140,6 +144,7 @@ def test_a_row_gets_in_a_batch_what_it_gets_alone() -> None:
 @pytest.mark.parametrize(
     ("lengths", "window", "wanted", "taken"),
     [
+        ([100, 20], 16, Wanted(mass=True), False),  # would be slower, as probabilities are read in smaller products
         ([300, 20], 16, Wanted(), True),
         ([300, 20], 16, Wanted(mass=True), True),
         ([300, 20], 16, Wanted(block=32), False),  # blocks are counted from a row's start
@@ -152,13 +157,61 @@ def test_long_rows_go_through_bands(
     lengths: list[int], window: int | None, wanted: Wanted, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    monkeypatch.setattr(attention.bands, "attend_in_bands", lambda *a: calls.append(a) or attend_in_bands(*a))
+    monkeypatch.setattr(attention.bands, "attend_in_bands", lambda *a, **b: calls.append(a) or attend_in_bands(*a, **b))
     tokens = packed(lengths)
     q, k, v = qkv(sum(lengths))
     context, _ = attend(q, k, v, tokens, window=window, wanted=wanted)
     assert bool(calls) is taken
     expected = dense(q, k, v, tokens, 10**6 if window is None else window, SIZE**-0.5)
     torch.testing.assert_close(context.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_evidence_is_not_rounded_under_autocast() -> None:
+    tokens = packed([300, 200])
+    q, k, v = qkv(500)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        mass = attend(q, k, v, tokens, window=8, wanted=Wanted(mass=True))[1].mass
+    exact = attend(q, k, v, tokens, window=8, wanted=Wanted(mass=True))[1].mass
+    assert mass is not None
+    assert mass.dtype is torch.float32
+    torch.testing.assert_close(mass[:300].sum(), torch.tensor(1.0), rtol=0, atol=1e-5)  # as sums of float32 do
+    torch.testing.assert_close(mass, exact, rtol=0.02, atol=1e-5)
+
+
+def test_bfloat16_learns_from_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = packed([300, 200])
+    exact = qkv(500)
+    expected = dense(*exact, tokens, 8, SIZE**-0.5)
+    rounded = [x.to(torch.bfloat16).requires_grad_() for x in exact]
+    flash = torch.nn.functional.scaled_dot_product_attention
+    called: list[object] = []
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **b: called.append(a) or flash(*a, **b)
+    )
+    context, _ = attend(*rounded, tokens, window=8)
+    assert not called
+    context.float().square().sum().backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in rounded)
+    torch.testing.assert_close(context.double(), expected, rtol=0, atol=0.05)
+    with torch.no_grad():
+        attend(*rounded, tokens, window=8)
+    assert called
+
+
+@pytest.mark.parametrize("method", ["attention-mass", "ltp", "random", "adapler"])
+def test_a_long_text_through_modernbert_is_simulated_batched_and_alone_the_same(method: str) -> None:
+    config = config_of("modernbert", max_position_embeddings=400)
+    model = thresher.attach(build(config), settings_of(CONFIGS[method]))
+    ids = torch.randint(5, 40, (2, 300), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 260:] = 0
+    with torch.no_grad():
+        batched = model(input_ids=ids, attention_mask=mask).logits
+        with thresher.simulated_drops():
+            simulated = model(input_ids=ids, attention_mask=mask).logits
+        alone = torch.cat([model(input_ids=ids[i : i + 1, :n]).logits for i, n in enumerate((300, 260))])
+    torch.testing.assert_close(simulated, batched, rtol=0, atol=1e-5)
+    torch.testing.assert_close(alone, batched, rtol=0, atol=1e-5)
 
 
 def test_bands_pay_where_rows_are_longer_than_they() -> None:

@@ -41,13 +41,25 @@ def attend(
         window = None  # it reaches every token of the widest row
     if on_cuda(query) and not wanted.full:
         return _on_cuda(query, key, value, tokens, scale, dropout, window, wanted, position_bias)
-    banded = not (wanted.whole or position_bias or being_exported())
-    if window is not None and banded and bands.pays(layout.sizes, window):
-        weights = cuda.query_weights(tokens, wanted.by_segment) if wanted.received else None
-        context, sums, own = bands.attend_in_bands(
-            query, key, value, tokens, window, scale, dropout, weights, wanted.diagonal
-        )
-        return context, _means(wanted, sums, own, None, weights, query, layout)
+    if window is not None and not (wanted.whole or position_bias or being_exported()):
+        by_probabilities = (
+            _learn(query, key, value) and query.dtype is torch.bfloat16
+        )  # the flash kernel's backward is slow
+        if bands.pays(layout.sizes, window, probabilities=by_probabilities or bool(wanted)):
+            weights = cuda.query_weights(tokens, wanted.by_segment) if wanted.received else None
+            context, sums, own = bands.attend_in_bands(
+                query,
+                key,
+                value,
+                tokens,
+                window,
+                scale,
+                dropout,
+                weights,
+                wanted.diagonal,
+                by_probabilities=by_probabilities,
+            )
+            return context, _means(wanted, sums, own, None, weights, query, layout)
     plain = tokens.log_weight is None and window is None and position_bias is None
     alike = len(set(layout.sizes)) == 1
     if plain and not wanted and alike and not _by_probabilities(query, key, value, layout.sizes[0]):

@@ -8,19 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from thresher.cuda.padded import summed
 from thresher.timing import mark
 
 if TYPE_CHECKING:
     from thresher.packed import PackedTokens
 
 NARROWEST = 32  # queries that share a band of keys; fewer would make many small products
-TOGETHER = 2**20  # probabilities that are read at a time, so that they are still in the processor's caches
+TOGETHER = 2**18  # probabilities that are read at a time, so that they are still in the processor's caches
+SLOWER = 2.5  # what a pair of tokens costs where probabilities are read, over one in a whole map; from 200 to 1,024 tokens
 
 
-def pays(sizes: list[int], window: int) -> bool:
-    """Whether bands multiply fewer pairs of tokens than rows of these lengths hold."""
+def pays(sizes: list[int], window: int, *, probabilities: bool = False) -> bool:
+    """Whether bands are the faster way for rows of these lengths. probabilities: whether they are read or learned from."""
     block = _block(window)
-    return sum(n * n for n in sizes) > sum(sizes) * (block + 2 * window)
+    return sum(n * n for n in sizes) > (SLOWER if probabilities else 1.0) * sum(sizes) * (block + 2 * window)
 
 
 def attend_in_bands(
@@ -33,14 +35,18 @@ def attend_in_bands(
     dropout: float = 0.0,
     weights: Tensor | None = None,
     own: bool = False,
+    *,
+    by_probabilities: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Each token attends to those of its row at most `window` original positions away; gradients flow through all returned.
 
     The batch is cut into blocks of queries; a block reads itself and `window` tokens to either side, since dropping only
     brings tokens nearer to each other. All rows are done at once: T (block + 2 window) products for each head, and no row's
-    n^2. A token that sees nobody, as all around it are dropped in a simulation, sees itself.
+    n^2. A token that sees nobody, as all around it are dropped in a simulation, sees itself. What is not finite in one row
+    reaches its neighbours in the batch, since 0 times infinity is not 0.
 
     query, key, value: [H, T, d]. weights: [C, T] float32, what each query counts for in each of C sums, or None.
+    by_probabilities: whether to compute them where nobody asks for them.
     Returns the context [T, H, d], sums over heads and queries i of weights[c, i] * A_h[i, j] as [C, T], and if `own` the sums
     over heads of A_h[j, j] as [T].
     """
@@ -51,7 +57,7 @@ def attend_in_bands(
     q = F.pad(query, (0, 0, 0, after)).unflatten(1, (count, block)).transpose(0, 1)
     k, v = (_bands(F.pad(x, (0, 0, window, window + after)), block, window) for x in (key, value))
     mask = _mask(tokens, window, block, after, query.dtype)
-    if weights is None and not own:
+    if weights is None and not own and not by_probabilities:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
         return _packed(out, total), None, None
     counted = None if weights is None else F.pad(weights, (0, after)).unflatten(1, (count, block)).transpose(0, 1)
@@ -63,7 +69,7 @@ def attend_in_bands(
         outs.append(used.to(v.dtype) @ v[part])
         mark("attention")
         if counted is not None:
-            sums.append((counted[part].unsqueeze(1) @ probabilities).sum(1))
+            sums.append(summed(probabilities, counted[part]))
         if own:
             diagonals.append(probabilities.diagonal(window, dim1=-2, dim2=-1).sum(1))
         mark("evidence")

@@ -3,7 +3,7 @@
 All heads of a long row at once fill the caches several times over, and memory of that size goes back to the system after each
 layer and is faulted in again. So a few maps are computed into the same memory over and over, small enough to be still in
 the cache while evidence is read from them: evidence then costs little, and memory is a few n x n maps instead of one for
-each head.
+each head, and of long rows some queries' share of one.
 """
 
 from __future__ import annotations
