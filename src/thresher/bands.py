@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 NARROWEST = 32  # queries that share a band of keys; fewer would make many small products
 TOGETHER = 2**18  # probabilities that are read at a time, so that they are still in the processor's caches
-SLOWER = 2.5  # what a pair of tokens costs where probabilities are read, over one in a whole map; from 200 to 1,024 tokens
+SLOWER = (
+    2.5  # what a pair of tokens costs where probabilities are read, over one in a whole map; from 200 to 1,024 tokens
+)
 
 
 def pays(sizes: list[int], window: int, *, probabilities: bool = False) -> bool:
