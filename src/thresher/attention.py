@@ -45,7 +45,8 @@ def attend(
         by_probabilities = (
             _learn(query, key, value) and query.dtype is torch.bfloat16
         )  # the flash kernel's backward is slow
-        if bands.pays(layout.sizes, window, probabilities=by_probabilities or bool(wanted)):
+        cost = bands.LEARNED if by_probabilities else bands.READ if wanted else 1.0
+        if bands.pays(layout.sizes, window, cost=cost):
             weights = cuda.query_weights(tokens, wanted.by_segment) if wanted.received else None
             context, sums, own = bands.attend_in_bands(
                 query,
