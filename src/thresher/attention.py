@@ -42,25 +42,11 @@ def attend(
     if on_cuda(query) and not wanted.full:
         return _on_cuda(query, key, value, tokens, scale, dropout, window, wanted, position_bias)
     if window is not None and not (wanted.whole or position_bias or being_exported()):
-        by_probabilities = (
+        rounded = (
             _learn(query, key, value) and query.dtype is torch.bfloat16
-        )  # the flash kernel's backward is slow
-        cost = bands.LEARNED if by_probabilities else bands.READ if wanted else 1.0
-        if bands.pays(layout.sizes, window, cost=cost):
-            weights = cuda.query_weights(tokens, wanted.by_segment) if wanted.received else None
-            context, sums, own = bands.attend_in_bands(
-                query,
-                key,
-                value,
-                tokens,
-                window,
-                scale,
-                dropout,
-                weights,
-                wanted.diagonal,
-                by_probabilities=by_probabilities,
-            )
-            return context, _means(wanted, sums, own, None, weights, query, layout)
+        )  # where the flash kernel's backward is slow
+        if bands.pays(layout.sizes, window, cost=bands.LEARNED if rounded else bands.READ if wanted else 1.0):
+            return _in_bands(query, key, value, tokens, scale, dropout, window, wanted, rounded)
     plain = tokens.log_weight is None and window is None and position_bias is None
     alike = len(set(layout.sizes)) == 1
     if plain and not wanted and alike and not _by_probabilities(query, key, value, layout.sizes[0]):
@@ -77,6 +63,24 @@ def _by_probabilities(query: Tensor, key: Tensor, value: Tensor, n: int) -> bool
     if _learn(query, key, value):
         return learns_from_probabilities(query, n)
     return heads_apart(query, n, probabilities=False)
+
+
+def _in_bands(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tokens: PackedTokens,
+    scale: float,
+    dropout: float,
+    window: int,
+    wanted: Wanted,
+    by_probabilities: bool,
+) -> tuple[Tensor, Evidence]:
+    weights = cuda.query_weights(tokens, wanted.by_segment) if wanted.received else None
+    context, sums, own = bands.attend_in_bands(
+        query, key, value, tokens, window, scale, dropout, weights, wanted.diagonal, by_probabilities=by_probabilities
+    )
+    return context, _means(wanted, sums, own, None, weights, query, tokens.layout)
 
 
 def _on_cuda(
