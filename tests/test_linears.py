@@ -126,6 +126,37 @@ def test_only_passes_are_fast_and_detaching_restores() -> None:
     assert not any("forward" in vars(m) for m in model.modules())
 
 
+@pytest.mark.skipif(not linears.has_onednn(), reason="this build of torch has no oneDNN")
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_policies_and_exits_are_fast_in_float32_also_after_other_settings(quantize: Any) -> None:
+    model = make("bert")
+    thresher.attach(model, settings(CONFIGS["adapler"]), exit=thresher.FastBERT(threshold=0.2), quantize=quantize)
+    attachment = attachment_of(model)
+
+    def precisions() -> set[Any]:
+        parts = [m for part in (attachment.policy, attachment.exit) for m in part.modules() if type(m) is nn.Linear]
+        assert parts
+        return {m.__dict__["forward"].args[0].precision if "forward" in m.__dict__ else None for m in parts}
+
+    assert precisions() == {"float32"}
+    before = attachment.policy
+    inputs = batch("bert")
+    with torch.no_grad():
+        fast = outputs_of(model, inputs)
+        with linears.plain_kernels():
+            plain = outputs_of(model, inputs)
+    if quantize is None:
+        assert worst(fast, plain) < 1e-5
+    thresher.set_config(model, policy_of(model).config.replace(strength=0.5))
+    thresher.set_exit(model, threshold=0.3)
+    assert attachment.policy is not before
+    assert precisions() == {"float32"}
+    assert not any("forward" in m.__dict__ for m in before.modules())  # type: ignore[union-attr]
+    exit = attachment.exit
+    thresher.detach(model)
+    assert not any("forward" in m.__dict__ for part in (attachment.policy, exit) for m in part.modules())  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_int8_composes_with_dropping_on_every_family(family: str) -> None:
     exact = thresher.attach(make(family), settings(CONFIGS["ltp"]))

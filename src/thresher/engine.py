@@ -24,7 +24,7 @@ from thresher.backbones.opened import OpenedLayer, open_layers
 from thresher.errors import DataError, OptionError
 from thresher.exits import Exit, TokEEExit
 from thresher.frozen import run_layer
-from thresher.linears import FastLinear, Precision, has_onednn
+from thresher.linears import FastLinear, Precision, Quickened
 from thresher.packed import PackedTokens, being_exported
 from thresher.passes import Pass
 from thresher.policy import Policy
@@ -89,7 +89,7 @@ class Engine:
         self.signature = inspect.signature(type(entrance.base).forward)
         self.stock_implementation = model.config._attn_implementation
         self.handles: list[Any] = []
-        self.linears: list[nn.Linear] = []
+        self.linears, self.parts_linears = Quickened(), Quickened()
         self.model = model
 
     def install(self) -> None:
@@ -131,26 +131,22 @@ class Engine:
             self.model.set_attn_implementation(name)
 
     def set_precision(self, precision: Precision) -> None:
-        """How the layers' linear layers are computed during a pass."""
-        self._release_linears()
+        """How the layers' linear layers are computed during a pass; those of the policy and the exit stay float32."""
         self.precision = precision
-        if precision == "float32" and not has_onednn():
-            return
-        # A shared layer (ALBERT) stands in the model once, so each module is met once.
-        modules = dict.fromkeys(m for layer in self.entrance.layers for m in layer.modules())
-        for module in modules:
-            if type(module) is nn.Linear:
-                fast = FastLinear(module, precision)
-                module.forward = functools.partial(_linear, fast)  # type: ignore[method-assign]
-                self.linears.append(module)
+        self.linears.cover(self.entrance.layers, precision, _linear)
+        self._quicken_parts()
 
-    def _release_linears(self) -> None:
-        for linear in self.linears:
-            del linear.forward
-        self.linears.clear()
+    def _quicken_parts(self) -> None:
+        self.parts_linears.cover([part for part in (self.policy, self.exit) if part is not None], "float32")
+
+    def set_policy(self, policy: Policy[Any]) -> None:
+        """Another one of the same method, for the passes that start from now on."""
+        self.policy = policy
+        self._quicken_parts()
 
     def remove(self) -> None:
-        self._release_linears()
+        self.linears.release()
+        self.parts_linears.release()
         for handle in self.handles:
             handle.remove()
         self.handles.clear()

@@ -8,8 +8,9 @@ it is first needed and again when the weight has changed. Gradients, other dtype
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Literal
 
@@ -85,6 +86,34 @@ class FastLinear:
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_made": None}  # made again where a copy is used
+
+
+class Quickened:
+    """Modules whose linear layers are computed by FastLinear, until they are released."""
+
+    def __init__(self) -> None:
+        self._linears: list[nn.Linear] = []
+
+    def cover(
+        self,
+        modules: Iterable[nn.Module],
+        precision: Precision,
+        call: Callable[[FastLinear, Tensor], Tensor] = FastLinear.__call__,
+    ) -> None:
+        """Instead of what was covered before. call: what a layer's forward does with its FastLinear."""
+        self.release()
+        if precision == "float32" and not has_onednn():
+            return
+        # A shared layer (ALBERT) stands in the model once, so each module is met once.
+        for one in dict.fromkeys(inner for module in modules for inner in module.modules()):
+            if type(one) is nn.Linear:
+                one.forward = functools.partial(call, FastLinear(one, precision))  # type: ignore[method-assign]
+                self._linears.append(one)
+
+    def release(self) -> None:
+        for linear in self._linears:
+            linear.__dict__.pop("forward", None)
+        self._linears.clear()
 
 
 def _state(parameter: Tensor) -> tuple[int, int]:

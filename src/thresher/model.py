@@ -189,7 +189,8 @@ def set_config(model: Any, config: PolicyConfig) -> None:
     policy.load_state_dict(old.state_dict())
     policy.mode = old.mode
     policy.to(find_encoder(model).device)
-    attachment.policy = attachment.engine.policy = policy
+    attachment.policy = policy
+    attachment.engine.set_policy(policy)
 
 
 def set_speedup(model: Any, speedup: float) -> None:
