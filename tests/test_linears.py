@@ -152,6 +152,13 @@ def test_policies_and_exits_are_fast_in_float32_also_after_other_settings(quanti
     assert attachment.policy is not before
     assert precisions() == {"float32"}
     assert not any("forward" in m.__dict__ for m in before.modules())  # type: ignore[union-attr]
+    expected = outputs_of(model, inputs)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert worst(expected, outputs_of(other, inputs)) == 0.0
+        theirs = attachment_of(other)
+        for part in (theirs.policy, theirs.exit):
+            for m in part.modules():
+                assert type(m) is not nn.Linear or m.__dict__["forward"].args[0].linear is m
     exit = attachment.exit
     thresher.detach(model)
     assert not any("forward" in m.__dict__ for part in (attachment.policy, exit) for m in part.modules())  # type: ignore[union-attr]

@@ -42,9 +42,8 @@ def attend(
     if on_cuda(query) and not wanted.full:
         return _on_cuda(query, key, value, tokens, scale, dropout, window, wanted, position_bias)
     if window is not None and not (wanted.whole or position_bias or being_exported()):
-        rounded = (
-            _learn(query, key, value) and query.dtype is torch.bfloat16
-        )  # where the flash kernel's backward is slow
+        # In bfloat16 the flash kernel's backward is slow.
+        rounded = _learn(query, key, value) and query.dtype is torch.bfloat16
         if bands.pays(layout.sizes, window, cost=bands.LEARNED if rounded else bands.READ if wanted else 1.0):
             return _in_bands(query, key, value, tokens, scale, dropout, window, wanted, rounded)
     plain = tokens.log_weight is None and window is None and position_bias is None
