@@ -166,7 +166,7 @@ def test_a_few_heads_at_a_time_is_the_same(
     monkeypatch.setattr(
         attention,
         "attend_by_head",
-        lambda q, *rest, **whole: [heads.append(q.shape[1]), original(q, *rest, **whole)][1],
+        lambda q, *rest: [heads.append(q.shape[1]), original(q, *rest)][1],
     )
     context, evidence = attend(q, k, v, tokens, window=window, wanted=everything)
     assert heads == [230, 7, 460]
@@ -187,7 +187,7 @@ def test_a_few_heads_at_a_time_is_the_same(
 def test_some_queries_at_a_time_is_the_same(
     some: int, window: int | None, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of rows twice as long as that. What is read from whole maps alone gets them whole."""
+    """Of rows twice as long as that; no diagonal block is divided."""
     from thresher import cpu, evidence
 
     tokens = packed((230, 7, 460), gaps=2, simulated=weights == "simulated")
@@ -198,7 +198,7 @@ def test_some_queries_at_a_time_is_the_same(
     monkeypatch.setattr(cpu, "_alone", lambda n: n > 7)
     monkeypatch.setattr(cpu, "LONG_FROM", {})
     found = attend(q, k, v, tokens, window=window, wanted=sums)[1]
-    context, blocks = attend(q, k, v, tokens, window=window, wanted=Wanted(mass=True, block=32))
+    context, _ = attend(q, k, v, tokens, window=window, wanted=Wanted(mass=True, block=32))
     seen: list[tuple[int, ...]] = []
     original = evidence._RowEvidence.heads
     monkeypatch.setattr(
@@ -210,14 +210,20 @@ def test_some_queries_at_a_time_is_the_same(
     monkeypatch.setattr(cpu, "QUERIES", {1: some})
     parts, now = attend(q, k, v, tokens, window=window, wanted=sums)
     assert {shape[1] for shape in seen if shape[2] == 460} == {x for x in (some, 460 % some) if x}
-    assert cpu.memory_for(q, [460], whole=False).numel() == 2 * some * 460
+    assert cpu.memory_for(q, [460]).numel() == 2 * some * 460
     close(parts, context)
     for name in ("mass", "diagonal", "by_segment"):
         close(getattr(now, name), getattr(found, name))
-    seen.clear()
-    _, again = attend(q, k, v, tokens, window=window, wanted=Wanted(mass=True, block=32))
-    assert all(shape[1] == shape[2] for shape in seen)
-    close(again.blocks, blocks.blocks)
+    for block in (1, 8, 32, 48, 128):
+        seen.clear()
+        _, again = attend(q, k, v, tokens, window=window, wanted=Wanted(mass=True, block=block))
+        step = max(some // block, 1) * block
+        assert {shape[1] for shape in seen if shape[2] == 460} == {x for x in (min(step, 460), 460 % step) if x}
+        monkeypatch.setattr(cpu, "LONG_FROM", {})
+        _, whole = attend(q, k, v, tokens, window=window, wanted=Wanted(mass=True, block=block))
+        monkeypatch.setattr(cpu, "LONG_FROM", {1: 2 * some})
+        close(again.mass, whole.mass)
+        close(again.blocks, whole.blocks)
     if tokens.log_weight is None:  # without evidence such rows go the same way
         close(attend(q, k, v, tokens, window=window)[0], context)
 

@@ -41,7 +41,7 @@ def attend(
         window = None  # it reaches every token of the widest row
     if on_cuda(query) and not wanted.full:
         return _on_cuda(query, key, value, tokens, scale, dropout, window, wanted, position_bias)
-    if window is not None and not (wanted.whole or position_bias or being_exported()):
+    if window is not None and not (wanted.squares or position_bias or being_exported()):
         # In bfloat16 the flash kernel's backward is slow.
         rounded = _learn(query, key, value) and query.dtype is torch.bfloat16
         if bands.pays(layout.sizes, window, cost=bands.LEARNED if rounded else bands.READ if wanted else 1.0):
@@ -169,6 +169,7 @@ def _row_by_row(
     context = query.new_empty(query.shape[1], len(query), value.shape[-1]) if constant else None
     places = [None] * len(sizes) if context is None else context.split(sizes)
     memory: Tensor | None = None
+    unit = wanted.block or 1  # no block is divided
     gathered = Gathered(wanted, query, sizes if constant else None)
     outputs: list[Tensor] = []
     for (q, k, v, row), place in zip(_rows(query, key, value, tokens), places, strict=True):
@@ -176,8 +177,8 @@ def _row_by_row(
         n = q.shape[1]
         read = gathered.row(row).heads if wanted else None
         if place is not None and heads_apart(q, n, probabilities=bool(wanted)):
-            memory = memory_for(query, sizes, whole=wanted.whole) if memory is None else memory
-            attend_by_head(q, k, v, scale, memory, place.transpose(0, 1), bias, read, whole=wanted.whole)
+            memory = memory_for(query, sizes, unit) if memory is None else memory
+            attend_by_head(q, k, v, scale, memory, place.transpose(0, 1), bias, read, unit)
             continue
         if read is not None or (learns and learns_from_probabilities(q, n)):
             out, probabilities = _materialised(q, k, v, bias, scale, dropout)

@@ -20,10 +20,8 @@ from thresher.linears import fast_kernels, has_onednn
 ALONE_FROM = {1: 208, 2: 352}
 PLAIN_FROM = {1: 240, 2: 48}  # from here on the flash kernel is slower even where nobody asks for probabilities
 TOGETHER = 2**18  # probabilities at a time, 1 MB
-LONG_FROM = {
-    1: 768,
-    2: 1024,
-}  # tokens of a row whose map is too large for the caches, so that some QUERIES are done at a time
+# Tokens of a row whose map is too large for the caches, so that some QUERIES are done at a time.
+LONG_FROM = {1: 768, 2: 1024}
 QUERIES = {1: 256, 2: 512}
 LEARNING_TO = 384  # probabilities of a longer row are too many to keep for the backward pass
 
@@ -41,9 +39,9 @@ def learns_from_probabilities(query: Tensor, n: int) -> bool:
     return query.device.type == "cpu" and query.dtype is torch.bfloat16 and n <= LEARNING_TO
 
 
-def memory_for(query: Tensor, sizes: Sequence[int], *, whole: bool = True) -> Tensor:
+def memory_for(query: Tensor, sizes: Sequence[int], unit: int = 1) -> Tensor:
     """What `attend_by_head` works in, for rows of these sizes one after the other. query: [H, ..., d]."""
-    return query.new_empty(2, max(_together(len(query), n) * n * (n if whole else _at_a_time(n)) for n in sizes))
+    return query.new_empty(2, max(_together(len(query), n) * n * _at_a_time(n, unit) for n in sizes))
 
 
 def attend_by_head(
@@ -55,17 +53,16 @@ def attend_by_head(
     out: Tensor,
     bias: Tensor | None = None,
     on_heads: Callable[[Tensor, slice | None], object] | None = None,
-    *,
-    whole: bool = True,
+    unit: int = 1,
 ) -> None:
     """One row's attention without gradients.
 
     query, key, value: [H, n, d] float32. memory: of `memory_for`. out: [H, n, d], where the context goes. bias: [1 or H, 1 or
     n, n], added to the logits. on_heads: called with the probabilities [h, m, n] of some heads' queries after others, and which
-    queries these are, None: all; it may read but not keep them. whole: whether they are to be all, always.
+    queries these are, None: all; it may read but not keep them. unit: where they are some, they begin at a multiple of so many.
     """
     heads, n, _ = query.shape
-    together, step = _together(heads, n), n if whole else _at_a_time(n)
+    together, step = _together(heads, n), _at_a_time(n, unit)
     multiply = _one_head if _alone(n) else _some_heads
     query, key, columns = query * scale, key, value.transpose(1, 2)
     if _alone(n):
@@ -87,10 +84,12 @@ def attend_by_head(
             out[some, asking] = multiply(weights, columns[some])
 
 
-def _at_a_time(n: int) -> int:
-    """How many queries of a row of n tokens to compute at a time."""
+def _at_a_time(n: int, unit: int) -> int:
+    """How many queries of a row of n tokens to compute at a time: all, or a multiple of `unit`."""
     threads = torch.get_num_threads()
-    return QUERIES[threads] if _alone(n) and n >= LONG_FROM.get(threads, n + 1) else n
+    if not _alone(n) or n < LONG_FROM.get(threads, n + 1):
+        return n
+    return min(n, max(QUERIES[threads] // unit, 1) * unit)
 
 
 def _alone(n: int) -> bool:

@@ -35,12 +35,12 @@ class Wanted:
         return self.mass or self.diagonal or self.by_segment
 
     @property
-    def whole(self) -> bool:
-        """Whether it can only be read where a head's probabilities are all there."""
+    def squares(self) -> bool:
+        """Whether squares of a map are read, which bands do not show."""
         return self.full or self.block > 0
 
     def __bool__(self) -> bool:
-        return self.received or self.whole
+        return self.received or self.squares
 
 
 NOTHING = Wanted()
@@ -139,7 +139,7 @@ class _RowEvidence:
     def heads(self, probabilities: Tensor, asking: slice | None = None) -> None:
         """[h, m, n], of the queries `asking`, None: of all. Some heads' queries come one after the other, then other heads'."""
         mark("attention")
-        wanted, before = self.wanted, self.count
+        wanted = self.wanted
         if asking is None or asking.start == 0:
             self.count += probabilities.shape[0]
         if wanted.mass:
@@ -154,11 +154,21 @@ class _RowEvidence:
             assert queries is not None
             self._add(self.queried, _segment_sums(probabilities, queries))
         if wanted.block:
-            place = None if self.place is None else self.place[:, before : self.count]
-            self.tiles.append(diagonal_tiles(probabilities, wanted.block, place))
+            self._tiles(probabilities, wanted.block, asking)
         if wanted.full:
             self.maps.append(probabilities)
         mark("evidence")
+
+    def _tiles(self, probabilities: Tensor, size: int, asking: slice | None) -> None:
+        """The diagonal blocks of these queries."""
+        if self.place is None:
+            self.tiles.append(diagonal_tiles(probabilities, size))
+            return
+        place = self.place[:, self.count - len(probabilities) : self.count]
+        if asking is not None:
+            place = place[asking.start // size : -(-asking.stop // size)]
+            probabilities = probabilities[:, :, asking]
+        diagonal_tiles(probabilities, size, place)
 
     @staticmethod
     def _add(sums: list[Tensor], value: Tensor) -> None:
