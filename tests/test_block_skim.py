@@ -542,7 +542,9 @@ def test_a_stage_trains_on_rows_with_answers_and_evidence(learning: str, tmp_pat
     fast = replace(stage, batch_size=6, epochs=1.0, warmup=0.0)
     run_stage(model, fast, rows, tokenizer(), tmp_path, progress=False, use_cpu=True, precision="float32")
     assert policy.mode == "hard"
-    assert policy.seen.sum() > 0
+    passage = [range(n)[at : at + 2] for n in lengths for at in range(6, n, 2)]  # the question is three blocks
+    relevant = sum(any(token in (9, 10) or token >= 12 for token in block) for block in passage)
+    assert policy.seen.tolist() == [len(passage) - relevant, relevant]
     assert all(not torch.equal(p, q) for p, q in zip(policy.parameters(), learned, strict=True) if p.dim() > 1)
     same = [torch.equal(before[name], value) for name, value in model.state_dict().items()]
     assert all(same) == (learning == "frozen")

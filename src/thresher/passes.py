@@ -70,7 +70,7 @@ class Pass:
         """hidden: [B, N, D] at the first layer, [1, T, D] later."""
         self.layer += 1
         mark("norms" if self.tokens is not None else "embed")
-        tokens = self._pack(hidden) if self.tokens is None else self.tokens.with_hidden(hidden.squeeze(0))
+        tokens = self.pack(hidden) if self.tokens is None else self.tokens.with_hidden(hidden.squeeze(0))
         self.tokens = tokens
         self.evidence = NO_EVIDENCE
         tokens = self._entered = self.act(Point.BEFORE_LAYER, tokens)
@@ -78,7 +78,8 @@ class Pass:
         self._reads_attention = self._reads_feed_forward = self._sizes(tokens)
         return tokens
 
-    def _pack(self, hidden: Tensor) -> PackedTokens:
+    def pack(self, hidden: Tensor) -> PackedTokens:
+        """The tokens as they come to the first layer. hidden: [B, N, D]."""
         tokens = PackedTokens.pack(
             hidden,
             self.mask,

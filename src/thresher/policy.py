@@ -356,6 +356,12 @@ class Policy(nn.Module, Generic[ConfigT]):
     def check(self, stage: Stage) -> None:
         """Raises OptionError when the method cannot be trained by this stage."""
 
+    def before_stage(self, batches: Iterable[tuple[PackedTokens, Batch]]) -> None:
+        """Called before a stage's first step with all rows of its data, as they would come to the first layer, without states.
+
+        Each batch is made when it is asked for, so that a method without anything to count costs nothing.
+        """
+
     def before_epoch(self, epoch: int, epochs: int) -> None:
         """Called before every epoch of a stage, counted from 0; epochs: how many there will be."""
 

@@ -12,6 +12,7 @@ of the question, or with any other protected token, is never dropped, nor is it 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, get_args
 
@@ -43,7 +44,7 @@ class BlockSkim(PolicyConfig):
     threshold: blocks drop whose probability of being relevant is below it. strength multiplies its odds by strength ** 4.
     keep_question: in rows of two segments, no block with a token of the first is dropped.
     alpha: the weight of the predictors' loss (.01 for ALBERT in the paper). beta: that of relevant blocks in it; None: how
-        many irrelevant blocks there were for a relevant one in the batches seen so far.
+        many irrelevant blocks there are for a relevant one in the rows of the training stage.
     learning: "joint", the paper's; "frozen" trains the predictors alone (ablation ID 3), "skimming" drops blocks while it
         trains (ID 4).
     """
@@ -163,7 +164,9 @@ class BlockSkimPolicy(Policy[BlockSkim]):
             BlockPredictor(geometry.heads, config.block) for _ in range(geometry.layers)
         )  # also for layers that never drop: all of them are trained
         self.seen: Tensor
-        self.register_buffer("seen", torch.zeros(2, dtype=torch.int64))  # irrelevant and relevant blocks in training
+        # Irrelevant and relevant blocks: of a stage's rows; where nobody told of them beforehand, of the batches so far.
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.int64))
+        self.told = False
         self.grain = config.block
         self.skims = frozenset(range(1, geometry.layers) if config.layers is None else config.layers)
 
@@ -195,7 +198,7 @@ class BlockSkimPolicy(Policy[BlockSkim]):
         logits = self._logits(layer, tokens, evidence, blocks)
         if not being_exported():
             trace.add(LOGITS, logits)
-            trace.add(PLACES, torch.stack([blocks.rows, *blocks.ends(tokens.positions), passage.to(torch.int64)], 1))
+            trace.add(PLACES, _places(blocks, tokens, passage))
         if not self.drops_at(layer):
             return tokens
         relevant = logits[:, 1] - logits[:, 0] >= self.config.bar()
@@ -221,6 +224,19 @@ class BlockSkimPolicy(Policy[BlockSkim]):
         means = [_crossing_means(f.unflatten(0, (len(alive), -1)), alive) for f, alive in by_row]
         return predictor(torch.cat(means)).float()  # type: ignore[no-any-return]
 
+    def before_stage(self, batches: Iterable[tuple[PackedTokens, Batch]]) -> None:
+        """Count the blocks that beta is derived from."""
+        if self.config.beta is not None:
+            return
+        self.seen.zero_()
+        for tokens, batch in batches:
+            if self.config.keep_question:
+                tokens = _question_protected(tokens)
+            blocks = Blocks.of(tokens, self.config.block)
+            passage = ~blocks.any(tokens.layout.protected)
+            self._count(block_labels(_places(blocks, tokens, passage), batch)[passage])
+        self.told = True
+
     def auxiliary_loss(self, trace: Trace, batch: Batch) -> Tensor | None:
         """alpha * sum over layers of (beta * L_{y=1} + L_{y=0}), equation 3, over blocks of the passage.
 
@@ -240,14 +256,17 @@ class BlockSkimPolicy(Policy[BlockSkim]):
         return self.config.alpha * total
 
     def _beta(self, labels: Tensor) -> Tensor:
-        """The weight of a relevant block, with what is new in this batch. labels: [k] bool, of its passage blocks."""
+        """The weight of a relevant block. labels: [k] bool, of this batch's passage blocks."""
         if self.config.beta is not None:
             return self.seen.new_tensor(self.config.beta, dtype=torch.float32)
-        relevant = labels.sum()
-        if self.training:
-            self.seen += torch.stack([len(labels) - relevant, relevant])
+        if self.training and not self.told:
+            self._count(labels)
         irrelevant, relevant = self.seen.to(torch.float32).clamp(min=1.0).unbind()
         return irrelevant / relevant
+
+    def _count(self, labels: Tensor) -> None:
+        relevant = labels.sum()
+        self.seen += torch.stack([len(labels) - relevant, relevant])
 
     def stages(self) -> tuple[Stage, ...]:
         """One, of the paper's settings, but that the predictors, which start from nothing, learn faster than the model."""
@@ -274,6 +293,11 @@ def _question_protected(tokens: PackedTokens) -> PackedTokens:
     question = ~passage & (layout.spread(layout.count(passage)) > 0)
     new = replace(layout, protected=layout.protected | question)
     return replace(tokens, layout=new.knowing(layout.sizes) if not layout.single else new)
+
+
+def _places(blocks: Blocks, tokens: PackedTokens, passage: Tensor) -> Tensor:
+    """[K, 4] int64, what a trace has as PLACES. passage: [K] bool."""
+    return torch.stack([blocks.rows, *blocks.ends(tokens.positions), passage.to(torch.int64)], 1)
 
 
 def _tiles(probabilities: Tensor, size: int) -> Tensor:

@@ -13,6 +13,7 @@ import datasets
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
@@ -25,13 +26,15 @@ from transformers import (
 from thresher.errors import DataError, OptionError, ThresherError
 from thresher.memory import give_back_memory
 from thresher.model import attachment_of, find_encoder
-from thresher.policy import Policy, Stage
+from thresher.packed import PackedTokens
+from thresher.policy import Batch, Policy, Stage
 from thresher.targets import check_labels, check_tokens
 from thresher.training.learner import FOR_THE_POLICY, Learner
 from thresher.training.resuming import last_checkpoint
 from thresher.training.salient import COLUMN, check_saliency
 
 Precision = Literal["auto", "float32", "bfloat16"]
+COUNTED = 64  # rows at a time that a policy counts something in before a stage
 
 
 class _ForThePolicy:
@@ -199,13 +202,15 @@ def run_stage(
         **arguments,
     }
     _refuse(model, as_run(stage, settings, len(rows)), rows)
-    learner = Learner(model, stage, teacher)
+    learner, collator = Learner(model, stage, teacher), _collator(model, rows, tokenizer)
     with _in_its_modes(model, stage):
+        if policy is not None and not stage.exits:
+            policy.before_stage(_counted(model, rows, collator))
         trainer = _StageTrainer(
             learner,
             training_arguments(directory, settings, precision),
             train_dataset=rows,
-            data_collator=_collator(model, rows, tokenizer),
+            data_collator=collator,
             callbacks=[*callbacks, *([] if policy is None else [_ToldToPolicy(policy)])],
         )
         trainer.remove_callback(PrinterCallback)  # it would print to standard output, which belongs to the caller
@@ -214,6 +219,17 @@ def run_stage(
     _refuse_no_numbers(model, stage, settings["learning_rate"])
     give_back_memory()
     return dict(result.metrics)
+
+
+def _counted(model: Any, rows: datasets.Dataset, collator: Any) -> Iterator[tuple[PackedTokens, Batch]]:
+    """All rows in their order, without the encoder: each token's state is a zero."""
+    engine, device = attachment_of(model).engine, find_encoder(model).device
+    for given in DataLoader(rows, batch_size=COUNTED, collate_fn=collator):
+        batch = {name: value.to(device) for name, value in given.items()}
+        taken = {name: value for name, value in batch.items() if name in engine.signature.parameters}
+        now = engine.start((), taken)
+        assert now is not None
+        yield now.pack(torch.zeros(*batch["input_ids"].shape, 1, device=device)), batch
 
 
 def _refuse_no_numbers(model: Any, stage: Stage, rate: float) -> None:
