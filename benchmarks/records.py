@@ -17,12 +17,17 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> str:
+    """The processor's name, its family and model (one name can stand for several generations), and how many cores there are."""
+    told: dict[str, str] = {}
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            told.setdefault(name.strip(), value.strip())
     except OSError:
-        names = []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+        pass
+    name = told.get("model name") or platform.processor() or platform.machine()
+    numbers = [f"{what} {told[key]}" for what, key in (("family", "cpu family"), ("model", "model")) if key in told]
+    return f"{name} ({', '.join(numbers)}), {os.cpu_count()} cores" if numbers else f"{name}, {os.cpu_count()} cores"
 
 
 def versions() -> dict[str, str]:

@@ -149,10 +149,12 @@ def test_every_branch_of_the_kernel_choice_is_reached(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("weights", [False, True], ids=["plain", "log_weight"])
 @pytest.mark.parametrize("window", [None, 300], ids=["global", "window"])  # too wide for bands
 @pytest.mark.parametrize("threads", [1, 2, 3, 64])
+@pytest.mark.parametrize("slow", [False, True], ids=["mkl", "slow mkl"])
 def test_a_few_heads_at_a_time_is_the_same(
-    threads: int, window: int | None, weights: bool, monkeypatch: pytest.MonkeyPatch
+    slow: bool, threads: int, window: int | None, weights: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Long rows on the CPU take a way of their own, with and without evidence, with gaps, weights and dead tokens."""
+    """Long rows on the CPU take a way of their own, with gaps, weights and dead tokens; without evidence where torch's own
+    products are slow."""
     from thresher import cpu
 
     tokens = packed((230, 7, 460), gaps=2)
@@ -162,7 +164,8 @@ def test_a_few_heads_at_a_time_is_the_same(
     heads: list[int] = []
     original = cpu.attend_by_head
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    bare_too = {1: [460], 2: [230, 460]}.get(threads, [])
+    monkeypatch.setattr(cpu, "mkl_is_slow", lambda: slow)
+    bare_too = {1: [460], 2: [230, 460]}.get(threads, []) if slow else []
     monkeypatch.setattr(
         attention,
         "attend_by_head",
@@ -184,8 +187,9 @@ def test_a_few_heads_at_a_time_is_the_same(
 @pytest.mark.parametrize("weights", ["plain", "log_weight", "simulated"])
 @pytest.mark.parametrize("window", [None, 300], ids=["global", "window"])
 @pytest.mark.parametrize("some", [1, 64, 100, 230])
+@pytest.mark.parametrize("alone", [False, True], ids=["some heads", "one head"])
 def test_some_queries_at_a_time_is_the_same(
-    some: int, window: int | None, weights: str, monkeypatch: pytest.MonkeyPatch
+    alone: bool, some: int, window: int | None, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of rows twice as long as that; no diagonal block is divided."""
     from thresher import cpu, evidence
@@ -195,7 +199,8 @@ def test_some_queries_at_a_time_is_the_same(
     q, k, v = qkv(tokens)
     sums = Wanted(mass=True, diagonal=True, by_segment=True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(cpu, "_alone", lambda n: n > 7)
+    monkeypatch.setattr(cpu, "_alone", lambda n: alone and n > 7)
+    monkeypatch.setattr(cpu, "mkl_is_slow", lambda: True)
     monkeypatch.setattr(cpu, "LONG_FROM", {})
     found = attend(q, k, v, tokens, window=window, wanted=sums)[1]
     context, _ = attend(q, k, v, tokens, window=window, wanted=Wanted(mass=True, block=32))
@@ -210,7 +215,7 @@ def test_some_queries_at_a_time_is_the_same(
     monkeypatch.setattr(cpu, "QUERIES", {1: some})
     parts, now = attend(q, k, v, tokens, window=window, wanted=sums)
     assert {shape[1] for shape in seen if shape[2] == 460} == {x for x in (some, 460 % some) if x}
-    assert cpu.memory_for(q, [460]).numel() == 2 * some * 460
+    assert cpu.memory_for(q, [460]).numel() == 2 * some * 460  # one head's, of so long a row
     close(parts, context)
     for name in ("mass", "diagonal", "by_segment"):
         close(getattr(now, name), getattr(found, name))

@@ -13,16 +13,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from thresher.linears import fast_kernels, has_onednn
+from thresher.linears import fast_kernels, mkl_is_slow
 
-# Measured with 12 heads of 32, up to two threads. In large products oneDNN beats the batched ones, which torch gives to MKL, by
-# more than a call for each head costs; it has no batched one to offer, so that many threads have too little to share.
+# Measured with 12 heads of 32, up to two threads, on a processor on which MKL is slow. There oneDNN beats in large products the
+# batched ones, which torch gives to MKL as it does those of the flash kernel, by more than a call for each head costs; it has
+# no batched one to offer, so that many threads have too little to share.
 ALONE_FROM = {1: 208, 2: 352}
 PLAIN_FROM = {1: 240, 2: 48}  # from here on the flash kernel is slower even where nobody asks for probabilities
-TOGETHER = 2**18  # probabilities at a time, 1 MB
-# Tokens of a row whose map is too large for the caches, so that some QUERIES are done at a time.
-LONG_FROM = {1: 768, 2: 1024}
-QUERIES = {1: 256, 2: 512}
+# Probabilities at a time, 1 MB; and 4 where MKL is fast, so that threads wait less often for each other.
+TOGETHER, MORE = 2**18, 2**20
+# By threads: tokens of a row whose map is too large for the caches, so that some queries are done at a time, and how many.
+LONG_FROM, LONG = {1: 768}, 1024
+QUERIES, SOME = {1: 256}, 512
 LEARNING_TO = 384  # probabilities of a longer row are too many to keep for the backward pass
 
 
@@ -30,7 +32,7 @@ def heads_apart(query: Tensor, n: int, *, probabilities: bool) -> bool:
     """Whether `attend_by_head` is the fastest way for a row of n tokens. query: any tensor of the call."""
     if query.device.type != "cpu" or query.dtype is not torch.float32 or not fast_kernels():
         return False
-    return probabilities or (has_onednn() and n >= PLAIN_FROM.get(torch.get_num_threads(), n + 1))
+    return probabilities or (n >= PLAIN_FROM.get(torch.get_num_threads(), n + 1) and mkl_is_slow())
 
 
 def learns_from_probabilities(query: Tensor, n: int) -> bool:
@@ -87,22 +89,22 @@ def attend_by_head(
 def _at_a_time(n: int, unit: int) -> int:
     """How many queries of a row of n tokens to compute at a time: all, or a multiple of `unit`."""
     threads = torch.get_num_threads()
-    if not _alone(n) or n < LONG_FROM.get(threads, n + 1):
+    if n < LONG_FROM.get(threads, LONG):
         return n
-    return min(n, max(QUERIES[threads] // unit, 1) * unit)
+    return min(n, max(QUERIES.get(threads, SOME) // unit, 1) * unit)
 
 
 def _alone(n: int) -> bool:
     """Whether one head at a time is the fastest."""
-    return has_onednn() and n >= ALONE_FROM.get(torch.get_num_threads(), n + 1)
+    return n >= ALONE_FROM.get(torch.get_num_threads(), n + 1) and mkl_is_slow()
 
 
 def _together(heads: int, n: int) -> int:
     """How many heads to compute at a time."""
     if _alone(n):
         return 1
-    threads = torch.get_num_threads()
-    return min(heads, max(round(TOGETHER / n**2 / threads), 1) * threads)
+    threads, some = torch.get_num_threads(), TOGETHER if mkl_is_slow() else MORE
+    return min(heads, max(round(some / n**2 / threads), 1) * threads)
 
 
 def _some_heads(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """Linear layers of a packed pass on the CPU: oneDNN with the weight laid out once, or int8.
 
-torch multiplies float32 matrices with MKL, which runs at half speed on processors that are not Intel's; oneDNN, which
+torch multiplies float32 matrices with MKL, which runs at half speed on some processors that are not Intel's; oneDNN, which
 torch carries too, does not. Neither way changes a parameter: what is laid out or quantized is a second copy, made when
 it is first needed and again when the weight has changed. Gradients, other dtypes and other devices take torch's own way.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
@@ -39,6 +40,8 @@ register_optimizer_step_post_hook(_count_step)
 
 # Below this many tokens a product is a stream over the weight, and laying it out gains nothing.
 FEW_TOKENS = 8
+# The product that tells how fast MKL is here, and how much slower it has to be.
+PROBED, MUCH = 256, 1.4
 
 
 class FastLinear:
@@ -161,6 +164,30 @@ def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+@functools.cache
+def mkl_is_slow() -> bool:
+    """Whether MKL multiplies large float32 matrices much slower than oneDNN here: twice where it does not know the processor,
+    else by a tenth. Tried once, in a few milliseconds."""
+    if not has_onednn():
+        return False
+    with torch.inference_mode():
+        x, weight = torch.ones(PROBED, PROBED), torch.ones(PROBED, PROBED)
+        laid = _laid_out(weight, None)
+        ways: tuple[Callable[[], object], ...] = (
+            lambda: torch.mm(x, weight),
+            lambda: torch.ops.mkldnn._linear_pointwise(x, laid, None, "none", [], ""),
+        )
+        tries = [[_seconds(way) for way in ways] for _ in range(9)]
+    mkl, onednn = (min(seconds[number] for seconds in tries) for number in range(len(ways)))
+    return mkl > MUCH * onednn
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+
+
 def check_int8() -> None:
     """Raises OptionError where torch has no int8 kernels at all; warns where the processor is not made for them."""
     if torch.backends.quantized.engine == "none":
@@ -183,6 +210,7 @@ __all__ = [
     "fast_kernels",
     "has_int8_instructions",
     "has_onednn",
+    "mkl_is_slow",
     "plain_kernels",
     "warn_without_int8_instructions",
 ]
