@@ -232,3 +232,22 @@ def test_plain_kernels_are_torchs_own_and_say_nothing(precision: Any) -> None:
         with linears.plain_kernels():
             assert torch.equal(fast(x), linear(x))
         assert linears.fast_kernels()
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+def test_a_change_through_data_is_seen(precision: Any, transposed: bool) -> None:
+    """As merging a LoRA adapter, or an average of weights, makes it: no version tells of it."""
+    linear, x = nn.Linear(48, 20), torch.randn(16, 48)
+    if transposed:
+        linear.weight = nn.Parameter(torch.randn(48, 20).T)
+    fast = FastLinear(linear, precision)
+    with torch.no_grad():
+        fast(x)
+        for change in (
+            lambda w: w.mul_(0.5),
+            lambda w: w.add_(torch.randn(20, 2) @ torch.randn(2, 48)),
+            lambda w: w.copy_(torch.randn(20, 48)),
+        ):
+            change(linear.weight.data)
+            assert torch.equal(fast(x), FastLinear(linear, precision)(x))

@@ -2,7 +2,8 @@
 
 torch multiplies float32 matrices with MKL, which runs at half speed on some processors that are not Intel's; oneDNN, which
 torch carries too, does not. Neither way changes a parameter: what is laid out or quantized is a second copy, made when
-it is first needed and again when the weight has changed. Gradients, other dtypes and other devices take torch's own way.
+it is first needed and again when the weight has changed (through `.data`, when it has changed all over). Gradients,
+other dtypes and other devices take torch's own way.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,6 +43,7 @@ register_optimizer_step_post_hook(_count_step)
 
 # Below this many tokens a product is a stream over the weight, and laying it out gains nothing.
 FEW_TOKENS = 8
+SAMPLED = 8  # rows and columns of a weight whose values tell of a change that nothing else tells of
 # The product that tells how fast MKL is here, and how much slower it has to be.
 PROBED, MUCH = 256, 1.4
 
@@ -50,7 +54,7 @@ class FastLinear:
     def __init__(self, linear: nn.Linear, precision: Precision) -> None:
         self.linear = linear
         self.precision = precision
-        self._made: tuple[tuple[object, ...], Tensor | torch.ScriptObject] | None = None
+        self._made: _Made | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [..., in] → [..., out]."""
@@ -80,15 +84,34 @@ class FastLinear:
         )
 
     def _packed(self) -> Tensor | torch.ScriptObject:
-        state = (_steps, *(_state(p) for p in (self.linear.weight, self.linear.bias) if p is not None))
-        if self._made is None or self._made[0] != state:
+        weight, bias = self.linear.weight, self.linear.bias
+        state = (_steps, *(_state(p) for p in (weight, bias) if p is not None))
+        if self._made is None or self._made.state != state or self._made.sample.tobytes() != self._made.sampled:
             with torch.inference_mode():
                 make = _quantized if self.precision == "int8" else _laid_out
-                self._made = (state, make(self.linear.weight.detach(), self.linear.bias))
-        return self._made[1]
+                sample = _sample(weight)
+                self._made = _Made(state, sample, sample.tobytes(), make(weight.detach(), bias))
+        return self._made.copy
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_made": None}  # made again where a copy is used
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A second copy of a weight. state, sampled: what told which values it is of; sample: where `sampled` was read."""
+
+    state: tuple[object, ...]
+    sample: np.ndarray
+    sampled: bytes
+    copy: Tensor | torch.ScriptObject
+
+
+def _sample(weight: Tensor) -> np.ndarray:
+    """Some values all over the weight, in its own memory. A change through `.data`, as merging an adapter makes it, raises no
+    version; these show any that spares none of them."""
+    rows, columns = (max(size // SAMPLED, 1) for size in weight.shape)
+    return weight.detach()[::rows, ::columns].numpy()
 
 
 class Quickened:

@@ -40,7 +40,7 @@ SPANS, CLASSES = ("start_logits", "end_logits"), ("logits",)
 class Edits:
     """What one call of a model is to change in what its head says.
 
-    silent: flat indices into B * N, tokens that may not be a start or an end.
+    silent: flat indices into B * N, tokens that may not be a start or an end of a span.
     left: the rows that left together [K] and their answers, [K, C], [K, N, 2] or [K, N, C] (where NO_ANSWER stands for
         columns without a token, of which the head has the last word).
     frozen: flat indices into B * N of tokens that froze together [K] and their answers [K, C].
@@ -59,7 +59,7 @@ class Edits:
 
     def of(self, logits: Tensor, column: int | None) -> Tensor:
         """The logits as they are to be. column: 0 for start logits, 1 for end logits, None for those of classes and tags."""
-        for flat in self.silent:
+        for flat in self.silent if column is not None else ():  # a tag of a dropped token is an answer
             nothing = torch.full_like(flat, NO_ANSWER, dtype=logits.dtype)
             logits = logits.flatten().scatter(0, flat, nothing).view_as(logits)
         for rows, said in self.left:
