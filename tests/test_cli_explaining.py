@@ -103,7 +103,7 @@ def test_the_page_shows_what_matters(place: Path, tmp_path: Path) -> None:
         (("certain", "--set-exit", "treshold=1"), "cannot be set to another 'treshold'; did you mean 'threshold'"),
         (("certain", "--set-exit", "threshold"), "--set-exit takes NAME=VALUE"),
         (("certain", "--set-exit", "threshold=1", "--tau", 1), "Give the threshold once"),
-        (("certain", "--tau", -1), "threshold must lie between 0 and"),
+        (("certain", "--tau", -1), r"threshold \(tau\) must lie between 0 and"),
         (("certain", "--saliency", "gradient"), "There is no saliency 'gradient'"),
         (("certain", "--max-length", 0), "leaves no room for text"),
     ],

@@ -528,6 +528,15 @@ def test_a_pick_that_loses_more_than_allowed_on_the_judged_rows_is_said_to(done:
     assert "more than was asked for" not in verdict(replace(done, pick=replace(done.pick, loss=0.05)))  # a speedup's
 
 
+def test_a_control_as_the_pick_is_said_to_be_one(done: Comparison) -> None:
+    assert done.pick is not None
+    for name in ("random", "first", "last"):
+        assert "a control, which drops tokens blindly" in verdict(
+            replace(done, pick=replace(done.pick, contestant=name))
+        )
+    assert "control" not in verdict(replace(done, pick=replace(done.pick, contestant="ltp")))
+
+
 def test_nobody_trains_for_a_target_that_is_out_of_reach(tmp_path: Path) -> None:
     found = compared(tmp_path / "o", speedup=1000.0, speedups=(1.5, 5.0), methods=("random",), clock=None)
     assert found.settings["trained_at"] == 5.0

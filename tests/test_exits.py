@@ -509,6 +509,24 @@ def test_where_the_exit_does_not_get_there_the_policy_does_the_rest() -> None:
     assert (policy_of(model).config, exit_of(model).config) == (policy, exit)
 
 
+@pytest.mark.parametrize("target", [{"speedup": 1.5}, {"max_loss": 0.3}], ids=str)
+def test_a_policy_that_goes_beyond_the_target_leaves_the_exit_its_share(target: dict[str, float]) -> None:
+    model, rows = attached("bert", "fastbert", thresher.AttentionMass(strength=6.0), layers=4), dataset(24)
+    thresher.set_exit(model, strength=0.0)
+    alone_ = run(model, rows)
+    found = thresher.calibrate(model, rows, **target, knob="both")
+    after = run(model, rows)
+    assert found.strength == exit_of(model).config.strength > 0
+    assert 0 < policy_of(model).config.strength < 6.0
+    assert any(row < 4 for trace in after.traces for row in trace.exited_at)
+    if "speedup" in target:
+        assert alone_.speedup > 1.6
+        assert 1.5 <= after.speedup <= 1.7
+    else:
+        assert found.quality is not None
+        assert found.quality >= 0.7
+
+
 # Training.
 
 
@@ -720,9 +738,9 @@ def test_what_a_method_learned_on_another_model_is_refused(exit: str | None, tmp
     plain.config.save_pretrained(tmp_path)
     plain.save_pretrained(tmp_path / "other")
     (tmp_path / "other" / "model.safetensors").replace(tmp_path / "model.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"method 'ltp' in .* of other sizes than the model beside it.*thresher fit"
-    ):
+    own = r"method 'ltp' in .* of other sizes than the model beside it.*thresher fit"
+    of_exits = r"exits in .* were trained for 4 layers .* the model beside them has 3 layers.*thresher fit"
+    with pytest.raises(CheckpointError, match=of_exits if exit else own):
         thresher.load(tmp_path)
 
 
@@ -799,11 +817,11 @@ def test_settings_out_of_range_are_refused(kind: str, values: dict[str, Any]) ->
 @pytest.mark.parametrize(
     ("exit", "head", "extra", "reason"),
     [
-        ("fastbert", "token", {}, "tagging heads"),
+        ("fastbert", "token", {}, "tagging heads; take 'sentee' or 'tokee'"),
         ("fastbert", "base", {}, "not encoders without a head"),
         ("fastbert", "question-answering", {"num_labels": 2}, "question-answering"),
         ("settled-span", "sequence", {}, "classes"),
-        ("fastbert", "sequence", {"num_labels": 1}, "one label"),
+        ("fastbert", "sequence", {"num_labels": 1}, "one label .*take 'pabee'"),
         ("deebert", "sequence", {"num_labels": 1}, "one label"),
         ("confidence", "sequence", {"problem_type": "multi_label_classification"}, "go together"),
         ("pabee", "sequence", {"problem_type": "regression"}, "one value"),
@@ -903,12 +921,14 @@ def test_the_command_line_fits_and_uses_an_exit(tmp_path: Path) -> None:
     slow = ok("evaluate", out, data, "--tau", 0)
     fast = ok("evaluate", out, data, "--tau", 1)
     assert fast["speedup"] > slow["speedup"]
+    assert fast["left_after"] == {"1": 1.0, **{str(layer): 0.0 for layer in range(2, LAYERS + 1)}}
+    assert sum(slow["left_after"].values()) == pytest.approx(1.0)
     assert fast["speedup"] == pytest.approx(ok("predict", out, data, "--tau", 1)["speedup"])
     both = ok("fit", plain, data, "--out", tmp_path / "both", "--method", "first", "--exit", "deebert", *quick)
     assert (both["method"], both["exit"]["name"]) == ("first", "deebert")
     assert {one["name"] for one in ok("methods")["exits"]} == set(EXIT_CONFIGS)
     fails("evaluate", plain, data, "--tau", 1, match="no exit")
-    fails("evaluate", out, data, "--tau", 2, match="threshold must lie between 0 and 1")
+    fails("evaluate", out, data, "--tau", 2, match="threshold .tau. must lie between 0 and 1")
     fails("fit", plain, data, "--out", out, "--exit", "fastbrt", match="did you mean 'fastbert'")
     fails("fit", plain, data, "--out", out, "--method", "fastbert", match="early exit.*--exit fastbert")
     fails("fit", plain, data, "--out", out, "--exit", "ltp", match="a method.*--method ltp")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,9 +68,10 @@ def calibrate(
     reference: predictions on `rows` that a loss is counted from; by default those of this model with nothing dropped. After
         training give those of the model before it, or a loss that training itself brought goes unseen.
     batch_size: rows run at a time; None: as many as have 4,096 tokens together (`measure.run.batches`).
-    knob: "exit" to set the exit's strength instead, the policy staying as it is; "both" the same, but where the exit does not
-        reach a speedup by itself it stays at the most that it does, and the policy's strength does the rest; of a model with
-        one knob it is that one. None: the policy's, where there is one.
+    knob: "exit" to set the exit's strength instead, the policy staying as it is; "both" the same, but where the policy alone
+        already goes beyond the target, it is turned down to its half of it (of a speedup, the root) first, and where the exit
+        does not reach a speedup by itself it stays at the most that it does, and the policy's strength does the rest; of a
+        model with one knob it is that one. None: the policy's, where there is one.
     Raises TargetError, naming the nearest that can be had, when the target cannot be met; the model is then unchanged.
     """
     if (speedup is None) == (max_loss is None):
@@ -84,9 +86,12 @@ def calibrate(
         raise OptionError(f"knob is one of {', '.join(get_args(Turned))}, not {knob!r}.")
     turned = _both(model) if asked == "both" else (asked,)
     before = {one: _strength(model, one) for one in turned}
-    search = _Search(model, rows, {"batch_size": batch_size, "predict": predict}, turned[0])
+    options: dict[str, Any] = {"batch_size": batch_size, "predict": predict}
+    search = _Search(model, rows, options, turned[0])
     try:
         if speedup is not None:
+            if len(turned) > 1 and search.at(0.0).speedup > speedup * (1.0 + tolerance):
+                search = _sharing(search, lambda policy: _to_speedup(policy, math.sqrt(speedup), tolerance))
             search, found = _to_speedup_by(turned, search, speedup, tolerance)
             baseline = None
         else:
@@ -95,7 +100,10 @@ def calibrate(
                 reference = run_packed(model, rows, **search.options).predictions
             judge = quality or agreement(reference, model)
             baseline = float(judge(reference))
-            found = _to_loss(search, judge, baseline - max_loss)
+            floor = baseline - max_loss
+            if len(turned) > 1 and not _holds(search, judge, floor, 0.0):
+                search = _sharing(search, lambda policy: _to_half_a_loss(policy, judge, floor, max_loss))
+            found = _to_loss(search, judge, floor)
     except BaseException:
         for one, value in before.items():
             _set_strength(model, one, value)
@@ -152,6 +160,15 @@ class _Search:
         return self.seen[strength]
 
 
+def _sharing(search: _Search, turn_down: Callable[[_Search], tuple[float, Run]]) -> _Search:
+    """A search for the exit's strength beside a policy that does its own part alone. search: beside the policy as it is. Raises
+    TargetError where the policy cannot do its part."""
+    _set_strength(search.model, search.knob, 0.0)
+    strength, _ = turn_down(_Search(search.model, search.rows, search.options, "policy"))
+    _set_strength(search.model, "policy", strength)
+    return _Search(search.model, search.rows, search.options, search.knob)
+
+
 def _to_speedup_by(
     knobs: tuple[Knob, ...], search: _Search, target: float, tolerance: float
 ) -> tuple[_Search, tuple[float, Run]]:
@@ -192,10 +209,12 @@ def _to_speedup(search: _Search, target: float, tolerance: float) -> tuple[float
     return high, search.at(high)
 
 
-def _to_loss(search: _Search, quality: Quality, floor: float) -> tuple[float, Run]:
-    def holds(strength: float) -> bool:
-        return quality(search.at(strength).predictions) >= floor - 1e-12
+def _holds(search: _Search, quality: Quality, floor: float, strength: float) -> bool:
+    return quality(search.at(strength).predictions) >= floor - 1e-12
 
+
+def _to_loss(search: _Search, quality: Quality, floor: float) -> tuple[float, Run]:
+    holds = functools.partial(_holds, search, quality, floor)
     low, high = 0.0, 1.0
     while holds(high) and high < STRONGEST:
         low, high = high, high * 2
@@ -219,6 +238,14 @@ def _to_loss(search: _Search, quality: Quality, floor: float) -> tuple[float, Ru
             f"{ratio:.2f}x. Train the method first (thresher fit), or allow a larger loss."
         )
     return low, search.at(low)
+
+
+def _to_half_a_loss(search: _Search, quality: Quality, floor: float, max_loss: float) -> tuple[float, Run]:
+    """The fastest that loses half of what may be lost, or where there is none, all of it."""
+    try:
+        return _to_loss(search, quality, floor + max_loss / 2)
+    except TargetError:
+        return _to_loss(search, quality, floor)
 
 
 def _says_classes(model: Any) -> bool:

@@ -241,10 +241,10 @@ def load(directory: Any, *, device: str | torch.device | None = None, speedup: f
         raise checkpoint.mismatch(directory, error) from error
     attachment = attachment_of(model)
     attachment.notes.update(saved.notes)
+    if attachment.exit is not None:  # which tells layers apart, so first
+        saved.load_exit(attachment.exit)
     if attachment.policy is not None:
         saved.load_policy(attachment.policy)
-    if attachment.exit is not None:
-        saved.load_exit(attachment.exit)
     if speedup is not None:
         set_speedup(model, speedup)
     return model

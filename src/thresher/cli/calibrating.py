@@ -100,12 +100,24 @@ def calibrate(
     )
     after = run(opened.model, encoded.rows, batch_size=batch_size)
     opened.save(target)
-    strength = found.strength
     result = gains(work, truth, stock, after.predictions)
+    attached = attachment_of(opened.model)
+    parts = {"the method": attached.policy, "the exit": attached.exit}
+    strengths = {name: float(part.config.strength) for name, part in parts.items() if part is not None}
+    said = ", ".join(
+        f"{value:.4g}" + (f" of {name}" if len(strengths) > 1 else "") for name, value in strengths.items()
+    )
     return Result(
-        {"directory": str(target), "strength": strength, "speedup": after.speedup, "rows": len(rows), **result},
+        {
+            "directory": str(target),
+            "strength": found.strength,
+            "strengths": strengths,
+            "speedup": after.speedup,
+            "rows": len(rows),
+            **result,
+        },
         [
-            gains_table(f"Strength {strength:.4g} on {count(len(rows))} rows", result, after.speedup),
+            gains_table(f"Strength {said} on {count(len(rows))} rows", result, after.speedup),
             STOCK_IS,
             f"Saved to {target}.",
         ],

@@ -237,7 +237,8 @@ def compare(
             use_cpu=place == "cpu",
         )
     return Result(
-        {**found.to_dict(), "seconds": time.monotonic() - begun}, _shown(found, data, time.monotonic() - begun)
+        {**found.to_dict(), "seconds": time.monotonic() - begun},
+        _shown(found, test or validation or data, time.monotonic() - begun),
     )
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from thresher.cli.graphs import OpenedGraph
     from thresher.cli.models import Opened
     from thresher.cli.scoring import Exam
+    from thresher.measure.run import Run
 
 
 @command
@@ -110,11 +111,27 @@ def _of_model(opened: Opened, exam: Exam, batch_size: int | None, about: dict[st
         after = opened.answer(exam.rows, batch_size=batch_size, on_done=done)
     found = exam.gains(stock, after.predictions)
     shown = [gains_table(title, found, after.speedup), STOCK_IS_THIS]
+    if left := _left(opened, after):
+        found["left_after"] = left
+        shown.append(
+            f"Left after layer {', '.join(f'{layer}: {share:.0%}' for layer, share in left.items())} of the rows."
+        )
     if (said := exam.work.remark(after.predictions, exam.truth)) is not None:
         shown.append(said)
     if (remark := slower(about["directory"], _tokens(exam), after.speedup)) is not None:
         shown.append(remark)
     return Result({**about, "speedup": after.speedup, **found}, shown)
+
+
+def _left(opened: Opened, after: Run) -> dict[str, float]:
+    """The share of the rows that left after each layer, of a model with an exit; the last layer's answered at the end."""
+    from thresher.model import attachment_of
+
+    attached = attachment_of(opened.model)
+    if attached.exit is None:
+        return {}
+    rows = [layer for trace in after.traces for layer in trace.exited_at]
+    return {str(layer): rows.count(layer) / len(rows) for layer in range(1, attached.engine.entrance.calls + 1)}
 
 
 def _tokens(exam: Exam) -> float:

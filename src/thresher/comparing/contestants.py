@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 TRAINED_ON = "trained-on"  # the control that drops nothing: what more training alone gains
 LOOKED_AT = 64  # rows that tell whether there are pairs
 STEPS = 200  # that tell how many passes a step makes, where that is drawn
-# Magic Pyramid (LTP and FastBERT), and the same of other methods: for classes, responses, answers and tags.
+# Magic Pyramid (LTP and FastBERT), and the same of other methods: for classes, values and responses, answers, and tags.
 UNIONS = (
     "ltp+fastbert",
     "attention-mass+fastbert",
     "adapler+fastbert",
+    "ltp+pabee",
     "ase+pabee",
     "ltp+settled-span",
     "block-skim+settled-span",

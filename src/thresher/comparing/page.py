@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from thresher.comparing.contestants import TRAINED_ON
 from thresher.comparing.keeping import CHART, PAGE
 from thresher.comparing.standings import Standing, lost
+from thresher.methods import CONFIGS
 from thresher.report import (
     Chart,
     Figure,
@@ -117,6 +118,7 @@ def verdict(comparison: Comparison) -> str:
         return (
             f"For {comparison.target} the pick is {picked.contestant}: {ratio(picked.judged.speedup)} fewer FLOPs and "
             f"{lost(picked.loss)}{sure} of {comparison.label} lost on rows that nothing was chosen on.{_too_much(comparison)}"
+            f"{_blind(picked)}"
         )
     if near is None:
         return f"No method read less than the start, so nothing meets {comparison.target}."
@@ -124,6 +126,17 @@ def verdict(comparison: Comparison) -> str:
         f"Nothing meets {comparison.target}; of what the methods were set to, the nearest is {near.contestant} with "
         f"{ratio(near.chosen.speedup)} and {lost(comparison.baseline[0] - near.chosen.quality)} lost on the rows that settings "
         "are chosen on."
+    )
+
+
+def _blind(picked: Standing) -> str:
+    """What to make of a control as the pick; empty for a method."""
+    kind = CONFIGS.get(picked.contestant)
+    if kind is None or not kind.control:
+        return ""
+    return (
+        " That is a control, which drops tokens blindly: no method did better, so none has learned enough. Give --passes more "
+        "(passes=), or more rows to choose on."
     )
 
 

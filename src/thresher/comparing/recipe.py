@@ -283,8 +283,9 @@ def _held(
     contest.make_start(model, learning)
     baseline = contest.baseline()
     for one, plan in plans.items():
-        progress.step(one.name)
-        if not all(kept[one].has(each.key) for each in wanted(one, targets)):
+        done = all(kept[one].has(each.key) for each in wanted(one, targets))
+        progress.step(f"{one.name}, as kept" if done else one.name)
+        if not done:
             contest.settle(one, contest.trained(one, plan), kept[one], targets, target)
     progress.step("wall-clock")
     if clock is not None:

@@ -118,7 +118,8 @@ class Exit(nn.Module, Generic[ConfigT]):
     def __init__(self, config: ConfigT, geometry: Geometry, head: Head) -> None:
         super().__init__()
         if head.kind not in config.serves:
-            raise OptionError(f"The exit {config.method!r} serves {_named(config.serves)}, not {_named((head.kind,))}.")
+            served, given = _named(config.serves), _named((head.kind,))
+            raise OptionError(f"The exit {config.method!r} serves {served}, not {given}; take {TAKE[head.kind]}.")
         if geometry.layers < 2:
             raise OptionError("An early exit needs a layer to leave out, and this model has one layer.")
         self.config, self.geometry, self.head = config, geometry, head
@@ -218,6 +219,17 @@ class Exit(nn.Module, Generic[ConfigT]):
     def leaving_flops(self, n: int) -> int:
         """What is done once more for a row of n tokens when it leaves."""
         return 0
+
+
+# Of each kind of head the exits that serve it.
+TAKE: dict[Kind, str] = {
+    "classes": "'fastbert', 'deebert', 'confidence' or 'pabee'",
+    "labels": "'pabee'",
+    "value": "'pabee'",
+    "span": "'settled-span'",
+    "tags": "'sentee' or 'tokee'",
+    "states": "'settled-states'",
+}
 
 
 def _named(kinds: tuple[Kind, ...]) -> str:

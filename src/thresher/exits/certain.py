@@ -27,7 +27,7 @@ class CertainExit(ExitConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 <= self.threshold <= self.highest():
-            raise OptionError(f"threshold must lie between 0 and {self.highest():g}, not {self.threshold!r}.")
+            raise OptionError(f"threshold (tau) must lie between 0 and {self.highest():g}, not {self.threshold!r}.")
 
     def highest(self) -> float:
         return 1.0
