@@ -215,6 +215,16 @@ def test_a_budget_below_one_batch_is_refused_and_nothing_is_left(tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
+def test_of_several_that_lack_passes_the_one_that_takes_most_is_told(tmp_path: Path) -> None:
+    needs = {}
+    for names in (("transkimmer",), ("adapler",), ("transkimmer", "adapler"), ("adapler", "transkimmer")):
+        with pytest.raises(OptionError, match="give at least") as refused:
+            compared(tmp_path / "out", methods=names, passes=1)
+        needs[names] = str(refused.value)
+    assert needs["transkimmer", "adapler"] == needs["adapler", "transkimmer"] == needs["adapler",]
+    assert needs["transkimmer",] != needs["adapler",]
+
+
 def test_methods_say_which_rows_they_are_for(tmp_path: Path) -> None:
     found = compared(tmp_path, methods=("ase", "block-skim", "random"), clock=None)
     assert {one.contestant for one in found.standings} == {"random"}

@@ -44,6 +44,14 @@ WANTED = {
 }
 
 
+class TooFewPasses(OptionError):
+    """least: how many it takes."""
+
+    def __init__(self, least: int, reason: str) -> None:
+        super().__init__(reason)
+        self.least = least
+
+
 @dataclass(frozen=True)
 class Contestant:
     """policy: how tokens drop; None: they do not. exit: how rows leave early; None: they do not."""
@@ -244,9 +252,10 @@ def plan(
         for own, stage in zip(stages, chosen, strict=True):
             least = math.ceil(least_epochs * rows * draws(stage) * whole / own.epochs)
             if passes < least:
-                raise OptionError(
+                raise TooFewPasses(
+                    least,
                     f"A budget of {passes:,} passes is less than {least_epochs} epochs of one batch of the stage "
-                    f"{stage.name!r} of {name}; give at least {least:,}, or smaller batches."
+                    f"{stage.name!r} of {name}; give at least {least:,}, or smaller batches.",
                 )
     planned, read = [], 0.0
     for own, stage in zip(stages, chosen, strict=True):
@@ -255,9 +264,10 @@ def plan(
         steps, examples = steps_for(int(share / of_step), rows, stage.batch_size)
         if steps == 0:
             least = math.ceil(min(stage.batch_size, rows) * of_step * whole / own.epochs)
-            raise OptionError(
+            raise TooFewPasses(
+                least,
                 f"A budget of {passes:,} passes is less than one batch of the stage {stage.name!r} of {name}; give at least "
-                f"{least:,}, or smaller batches."
+                f"{least:,}, or smaller batches.",
             )
         # Half a step less, as the trainer rounds up: floats would make one step more of some.
         planned.append(replace(stage, epochs=(steps - 0.5) / math.ceil(rows / stage.batch_size)))
@@ -307,6 +317,7 @@ __all__ = [
     "Contestant",
     "Given",
     "Plan",
+    "TooFewPasses",
     "applicable",
     "contestants",
     "draws_of",

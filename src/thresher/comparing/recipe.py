@@ -17,6 +17,7 @@ from thresher.comparing.contestants import (
     Contestant,
     Given,
     Plan,
+    TooFewPasses,
     applicable,
     contestants,
     labelled,
@@ -253,14 +254,19 @@ def _plans(
         why = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in left_out.items())
         raise OptionError(f"No method can be trained on these rows ({why}).")
     plans: dict[Contestant, Plan] = {}
+    short: list[TooFewPasses] = []
     for one in able:
         try:
             plans[one] = contest.plan(one, model)
         except OptionError as error:
-            if strict:
+            if isinstance(error, TooFewPasses):
+                short.append(error)
+            elif strict:
                 raise
             left_out[one.name] = str(error)
     attach(model)
+    if strict and short:  # all at once, by the one that takes most
+        raise max(short, key=lambda error: error.least)
     return plans, left_out
 
 
