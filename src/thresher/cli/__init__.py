@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from thresher.memory import keep_memory
@@ -16,6 +17,8 @@ EXTRA = (
 def main() -> None:
     """The console script. Without the packages it needs it says so in one sentence and exits with 1."""
     keep_memory()
+    # torch's C++ warnings are not for whoever types a command, who can do nothing about them; read once, when torch is loaded.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         from thresher.cli.commands import app
 
