@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from thresher.report.console import percent, points, ratio, table
+from thresher.report.console import MISSING, percent, points, ratio, table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,9 +32,10 @@ def gains_table(title: str, found: dict[str, Any], speedup: float) -> Any:
 
 
 def points_rows(before: dict[str, float], after: dict[str, float]) -> list[tuple[str, ...]]:
-    """The metrics of both sides, and the difference in points."""
+    """The metrics of both sides, and the difference in points, which an error that has no largest value has none of."""
     return [
-        (name, f"{before[name]:.4f}", f"{value:.4f}", points(value - before[name])) for name, value in after.items()
+        (name, f"{before[name]:.4f}", f"{value:.4f}", MISSING if name == "mse" else points(value - before[name]))
+        for name, value in after.items()
     ]
 
 

@@ -19,17 +19,6 @@ def first_states(tokens: PackedTokens) -> Tensor:
     return tokens.hidden[tokens.layout.cu_seqlens[:-1].to(torch.int64)]
 
 
-def softmax_in_rows(scores: Tensor, layout: Layout) -> Tensor:
-    """scores: [T, H] → [T, H], which sum to 1 over the tokens of each row."""
-    if layout.single:
-        return scores.softmax(0)
-    rows = layout.rows.unsqueeze(1).expand_as(scores)
-    empty = scores.new_zeros(len(layout.lengths), scores.shape[1])
-    top = empty.scatter_reduce(0, rows, scores.detach(), "amax", include_self=False)
-    weights = (scores - top[layout.rows]).exp()
-    return weights / empty.index_add(0, layout.rows, weights)[layout.rows]
-
-
 def sum_in_rows(values: Tensor, layout: Layout) -> Tensor:
     """values: [T, D] → [B, D]."""
     if layout.single:
@@ -99,18 +88,21 @@ class AttentiveBranch(nn.Module):
 
     def _weighted_sums(self, sought: Tensor, tokens: PackedTokens) -> Tensor:
         """What each row and head seeks, [B, H, W] → the sum of the row's states [T, W], weighted by how much they are that."""
-        layout, states = tokens.layout, tokens.hidden
+        layout, states, weight = tokens.layout, tokens.hidden, tokens.log_weight
         if layout.single:
             scores = (states @ sought[0].transpose(0, 1)).float()
-        else:
-            scores = (layout.spread(sought) * states.unsqueeze(1)).sum(2).float()
-        if tokens.log_weight is not None:
-            scores = scores + tokens.log_weight.float().unsqueeze(1)
-        weights = softmax_in_rows(scores, layout).to(states.dtype)
-        if layout.single:
-            return (weights.transpose(0, 1) @ states).unsqueeze(0)
-        parts = weights.unsqueeze(2) * states.unsqueeze(1)
-        return sum_in_rows(parts.flatten(1), layout).unflatten(1, (self.heads, -1))  # type: ignore[no-any-return]
+            scores = scores if weight is None else scores + weight.float().unsqueeze(1)
+            return (scores.softmax(0).to(states.dtype).transpose(0, 1) @ states).unsqueeze(0)
+        # States are narrow, so that padding them costs less than telling rows apart in every operation.
+        rows, width = layout.rows, max(layout.sizes)
+        starts = layout.cu_seqlens[:-1].to(torch.int64)
+        place = torch.arange(len(rows), device=rows.device) - starts[rows] + rows * width
+        shape = len(starts) * width
+        padded = states.new_zeros(shape, states.shape[1]).index_copy(0, place, states).view(len(starts), width, -1)
+        weight = padded.new_zeros(len(rows), dtype=torch.float32) if weight is None else weight.float()
+        bias = weight.new_full((shape,), float("-inf")).index_copy(0, place, weight)
+        scores = torch.bmm(sought, padded.transpose(1, 2)).float() + bias.view(-1, 1, width)
+        return torch.bmm(scores.softmax(-1).to(states.dtype), padded)
 
     @staticmethod
     def flops(n: int, size: int, width: int, heads: int, outputs: int) -> int:
