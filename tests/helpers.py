@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from thresher.model import policy_of
-from thresher.policy import PolicyConfig
+from thresher.policy import PolicyConfig, Trace, tracing
 
 HIDDEN, HEADS_OF_ATTENTION, INTERMEDIATE, VOCABULARY = 32, 4, 48, 64
 CLS, SEP, FIRST_WORD = 2, 3, 5
@@ -193,6 +193,14 @@ def worst(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> float:
 @torch.no_grad()
 def outputs_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return real_parts(model(**inputs), inputs["attention_mask"])
+
+
+def traced(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Trace]:
+    """`outputs_of`, and the record of the pass."""
+    with tracing(record=True) as traces:
+        outputs = outputs_of(model, inputs)
+    (trace,) = traces
+    return outputs, trace
 
 
 # Settings under which every method really drops from rows as short as those of `batch`; a method that is not listed

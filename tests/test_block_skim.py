@@ -16,7 +16,7 @@ from torch import Tensor
 
 import test_attention as base
 import thresher
-from helpers import SEP, alone, batch, dataset, decided, make, outputs_of, segments_of, tokenizer, worst
+from helpers import SEP, alone, batch, dataset, decided, make, outputs_of, segments_of, tokenizer, traced, worst
 from thresher import cuda
 from thresher.errors import OptionError
 from thresher.measure.flops import dense_flops, flops
@@ -46,13 +46,6 @@ NINTH = {"text": ["w12"], "answer_start": [4]}
 def attached(family: str = "bert", head: str = "question-answering", **settings: Any) -> Any:
     settings = {"block": 4, "threshold": 0.5, **settings}
     return decided(thresher.attach(make(family, head), thresher.BlockSkim(**settings)))
-
-
-def traced(model: Any, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Trace]:
-    with thresher.tracing(record=True) as traces:
-        outputs = outputs_of(model, inputs)
-    (trace,) = traces
-    return outputs, trace
 
 
 def runs(n: int, size: int) -> list[range]:

@@ -29,6 +29,7 @@ from helpers import (
     outputs_of,
     settings,
     tokenizer,
+    traced,
     worst,
 )
 from leaving import LAYERS, ROWS, attached, scattered
@@ -38,7 +39,7 @@ from thresher.measure.flops import dense_flops, flops, speedup
 from thresher.measure.run import run
 from thresher.methods import CONFIGS as CONFIGS_OF_METHODS
 from thresher.model import attachment_of, exit_of, policy_of
-from thresher.policy import PolicyConfig, Stage, Trace
+from thresher.policy import PolicyConfig, Stage
 from thresher.training import run_stage
 from thresher.training.learner import Learner
 
@@ -52,13 +53,6 @@ CONFIGS = {name: config for name, config in leaving.CONFIGS.items() if name != "
 every_exit = pytest.mark.parametrize("name", sorted(CONFIGS))
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_policy = pytest.mark.parametrize("policy", sorted(POLICIES))
-
-
-def traced(model: Any, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Trace]:
-    with thresher.tracing(record=True) as traces:
-        outputs = outputs_of(model, inputs)
-    (trace,) = traces
-    return outputs, trace
 
 
 def row_of(outputs: dict[str, Tensor], row: int, rows: tuple[int, ...] = ROWS) -> dict[str, Tensor]:

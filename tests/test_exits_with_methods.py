@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 import thresher
-from helpers import alone, batch, decided, make, outputs_of, settings, worst
+from helpers import alone, batch, decided, make, outputs_of, settings, traced, worst
 from thresher.exits import EXIT_CONFIGS
 from thresher.methods import CONFIGS
 from thresher.model import exit_of, policy_of
-from thresher.policy import Trace
 
 CLOSE = 1e-4
 LAYERS = 5
@@ -42,13 +41,6 @@ def attached(exit: str, method: str) -> Any:
             if len(set(trace.exited_at)) > 2:
                 return model
     raise AssertionError("all rows leave together whatever the branches say")
-
-
-def traced(model: Any, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Trace]:
-    with thresher.tracing(record=True) as traces:
-        outputs = outputs_of(model, inputs)
-    (trace,) = traces
-    return outputs, trace
 
 
 def row_of(outputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:

@@ -30,13 +30,14 @@ from helpers import (
     outputs_of,
     segments_of,
     settings,
+    traced,
     worst,
 )
 from thresher.errors import OptionError
 from thresher.measure.flops import speedup
 from thresher.methods import CONFIGS
 from thresher.model import policy_of
-from thresher.policy import Geometry, Point, PolicyConfig, Trace
+from thresher.policy import Geometry, Point, PolicyConfig
 
 CLOSE = 1e-4
 every_method = pytest.mark.parametrize("method", sorted(CONFIGS))
@@ -45,13 +46,6 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 def configured(method: str, **changes: Any) -> PolicyConfig:
     return settings(CONFIGS[method], **changes)
-
-
-def traced(model: Any, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Trace]:
-    with thresher.tracing(record=True) as traces:
-        outputs = outputs_of(model, inputs)
-    (trace,) = traces
-    return outputs, trace
 
 
 def row_of(outputs: dict[str, Tensor], mask: Tensor, row: int) -> dict[str, Tensor]:

@@ -16,7 +16,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import thresher
-from helpers import FAMILIES, HIDDEN, INTERMEDIATE, alone, batch, build, config_of, dataset, make, outputs_of, tokenizer
+from helpers import (
+    FAMILIES,
+    HIDDEN,
+    INTERMEDIATE,
+    alone,
+    batch,
+    build,
+    config_of,
+    dataset,
+    make,
+    outputs_of,
+    tokenizer,
+    traced,
+)
 from helpers import worst as difference
 from thresher.backbones.opened import OPENED, open_layers
 from thresher.errors import OptionError, UnsupportedModelError
@@ -74,13 +87,6 @@ def attached(family: str, config: ExitConfig, policy: PolicyConfig | None = None
         if varied and min(trace.exited_at) < max(trace.exited_at):
             return model
     raise AssertionError("all rows leave together whatever the branches say")
-
-
-def traced(model: Any, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Trace]:
-    with thresher.tracing(record=True) as traces:
-        outputs = outputs_of(model, inputs)
-    (trace,) = traces
-    return outputs, trace
 
 
 def row_of(outputs: dict[str, Tensor], row: int, rows: tuple[int, ...] = ROWS) -> dict[str, Tensor]:
