@@ -35,6 +35,7 @@ from helpers import (
 from leaving import LAYERS, ROWS, attached, scattered
 from thresher.errors import CheckpointError, DataError, OptionError, TargetError
 from thresher.exits import EXIT_CONFIGS, NO_ANSWER, ExitConfig
+from thresher.exits.base import TAKE
 from thresher.measure.flops import dense_flops, flops, speedup
 from thresher.measure.run import run
 from thresher.methods import CONFIGS as CONFIGS_OF_METHODS
@@ -834,6 +835,13 @@ def test_what_an_exit_does_not_serve_is_refused_and_leaves_the_model_as_it_was(
     with pytest.raises(OptionError, match=reason):
         thresher.attach(model, exit=exit)
     assert not hasattr(model, "thresher_attachment")
+
+
+def test_what_is_told_to_take_instead_is_what_serves() -> None:
+    for kind, told in TAKE.items():
+        serving = {name for name, config in EXIT_CONFIGS.items() if kind in config.serves}
+        assert {name for name in EXIT_CONFIGS if f"'{name}'" in told} == serving
+    assert {kind for config in EXIT_CONFIGS.values() for kind in config.serves} == set(TAKE)
 
 
 def test_a_model_of_one_layer_has_nothing_to_leave_out() -> None:
