@@ -34,7 +34,7 @@ def attached(exit: str, method: str) -> Any:
             for parameter in exit_of(model).parameters():
                 parameter.normal_(0.0, 0.3, generator=generator)
         for turned in ({"threshold": value} for value in (0.1, 0.3, 0.5, 0.7, 0.9)):
-            if "threshold" not in exit_of(model).config.at_run_time:
+            if "threshold" not in exit_of(model).config.at_run_time():
                 turned = {"patience": 1}
             thresher.set_exit(model, **turned)
             _, trace = traced(model, batch("bert", ROWS))

@@ -250,6 +250,19 @@ def test_a_dropped_token_is_answered_in_its_last_state() -> None:
         assert asked == [n if trace.exited_at[row] >= layer else 0 for row, n in enumerate(ROWS)]
 
 
+def test_a_window_is_chosen_when_the_model_runs() -> None:
+    inputs = batch("bert", ROWS)
+    narrow = attached("bert", thresher.TokEE(window=1))
+    thresher.set_exit(narrow, strength=0.9)
+    _, before = traced(narrow, inputs)
+    thresher.set_exit(narrow, window=5)
+    assert exit_of(narrow).config.strength == 0.9  # which scales no window
+    _, after = traced(narrow, inputs)
+    assert sum(map(sum, after.asking)) > sum(map(sum, before.asking))  # neighbours hold tokens back
+    with pytest.raises(OptionError, match="odd number"):
+        thresher.set_exit(narrow, window=4)
+
+
 @cache
 def with_window(window: int) -> TokEEExit:
     exit = exit_of(thresher.attach(make("bert", "token"), exit=thresher.TokEE(window=window)))

@@ -158,21 +158,21 @@ def exit_of(model: Any) -> Exit[Any]:
 
 
 def set_exit(model: Any, **settings: Any) -> None:
-    """Choose when rows leave without training again: `threshold`, `patience` or `tolerance`, as the exit has it, `strength`,
-    and the layers `after` which they may.
+    """Choose when rows leave without training again: `threshold`, `patience`, `tolerance` or `window`, as the exit has it,
+    `strength`, and the layers `after` which they may.
 
-    set_exit(model, threshold=.3). A value given is the value used: strength is 1 again, unless it is given too or `after` alone
-    is. For the passes that start from now on; `save` keeps it.
+    set_exit(model, threshold=.3). A value given is the value used: where strength scales it and is not given too, that is 1
+    again. For the passes that start from now on; `save` keeps it.
     Raises OptionError for a setting that this exit does not take at run time, or a value out of range.
     """
     attachment, old = attachment_of(model), exit_of(model)
-    known = type(old.config).at_run_time
+    known = type(old.config).at_run_time()
     if not settings:
         raise OptionError(f"Give set_exit something to set: {', '.join(known)}.")
     for name in settings:
         if name not in known:
             raise OptionError(f"The exit {old.config.method!r} cannot be set to another {name!r}{nearest(name, known)}")
-    fresh = {} if set(settings) == {"after"} else {"strength": 1.0}
+    fresh = {"strength": 1.0} if set(settings) & set(old.config.scaled) else {}
     attachment.exit = attachment.engine.exit = old.configured(old.config.replace(**{**fresh, **settings}))
 
 

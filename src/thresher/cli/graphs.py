@@ -123,7 +123,7 @@ def leaving_by(opened: Opened, name: str, tau: float | None, settings: Sequence[
         raise OptionError(
             f"{name} has no exit that --tau or --set-exit could set; leave them out, or train one with thresher fit --exit."
         )
-    known = exit.config.at_run_time
+    known = exit.config.at_run_time()
     if tau is not None and "threshold" not in known:
         raise OptionError(
             f"--tau is a threshold, and the exit {exit.config.method!r} has none (it has {known[0]}); set that with "

@@ -72,7 +72,8 @@ class ExitConfig(Settings):
 
     method: ClassVar[str] = ""
     serves: ClassVar[tuple[Kind, ...]] = ()
-    at_run_time: ClassVar[tuple[str, ...]] = ("strength", "after")  # what `set_exit` may change without training again
+    scaled: ClassVar[tuple[str, ...]] = ()  # the settings that `strength` scales
+    unscaled: ClassVar[tuple[str, ...]] = ("strength", "after")  # what else may be set without training again
     labelled: ClassVar[bool] = False  # whether its branches learn from labels
     exports: ClassVar[bool] = True  # whether its decision can be written as operators of a graph
     answers_dropped: ClassVar[bool] = False  # whether its branches read the last states of dropped tokens too
@@ -87,6 +88,11 @@ class ExitConfig(Settings):
         after = self.after
         if after is not None and (not after or min(after) < 1 or list(after) != sorted(set(after))):
             raise OptionError(f"after must be layers, counted from 1 and rising, or none for all of them, not {after}.")
+
+    @classmethod
+    def at_run_time(cls) -> tuple[str, ...]:
+        """What `set_exit` may change without training again."""
+        return (*cls.scaled, *cls.unscaled)
 
     def may_leave(self, layer: int) -> bool:
         """Whether `after` lets a row leave after this layer."""

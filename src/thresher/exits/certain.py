@@ -20,7 +20,7 @@ class CertainExit(ExitConfig):
     """A row leaves when its branch's uncertainty is at most a threshold, times `strength`."""
 
     serves: ClassVar[tuple[Kind, ...]] = ("classes",)
-    at_run_time: ClassVar[tuple[str, ...]] = ("threshold", "strength", "after")
+    scaled: ClassVar[tuple[str, ...]] = ("threshold",)
 
     threshold: float = 0.5
 

@@ -26,7 +26,7 @@ class SettledExit(ExitConfig):
     So nobody leaves before layer patience + 1. None: half the layers. `strength` divides it.
     """
 
-    at_run_time: ClassVar[tuple[str, ...]] = ("patience", "strength", "after")
+    scaled: ClassVar[tuple[str, ...]] = ("patience",)
 
     patience: int | None = None
 
@@ -48,7 +48,7 @@ class PABEE(SettledExit):
     method: ClassVar[str] = "pabee"
     labelled: ClassVar[bool] = True
     serves: ClassVar[tuple[Kind, ...]] = ("classes", "labels", "value")
-    at_run_time: ClassVar[tuple[str, ...]] = ("patience", "tolerance", "strength", "after")
+    scaled: ClassVar[tuple[str, ...]] = ("patience", "tolerance")
     tolerance: float = 0.05
 
     def __post_init__(self) -> None:
@@ -81,7 +81,8 @@ class SettledStates(SettledExit):
 
     method: ClassVar[str] = "settled-states"
     serves: ClassVar[tuple[Kind, ...]] = ("states",)
-    at_run_time: ClassVar[tuple[str, ...]] = ("patience", "tolerance", "strength", "after")
+    scaled: ClassVar[tuple[str, ...]] = ("tolerance",)
+    unscaled: ClassVar[tuple[str, ...]] = (*ExitConfig.unscaled, "patience")
     exports: ClassVar[bool] = False  # an exported chain ends with answers, not with states
     patience: int | None = 1
     tolerance: float = 0.05

@@ -50,6 +50,7 @@ class TokEE(TaggingConfig):
     """
 
     method: ClassVar[str] = "tokee"
+    unscaled: ClassVar[tuple[str, ...]] = (*TaggingConfig.unscaled, "window")
     exports: ClassVar[bool] = False  # layers for some of the tokens are the engine's own
     threshold: float = 0.15
     window: int = 5
