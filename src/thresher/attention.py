@@ -168,7 +168,7 @@ def _row_by_row(
     # Taken once for all rows: from one row to the next the system would take it back and clear it again.
     context = query.new_empty(query.shape[1], len(query), value.shape[-1]) if constant else None
     places = [None] * len(sizes) if context is None else context.split(sizes)
-    memory: Tensor | None = None
+    memory: tuple[Tensor, Tensor] | None = None
     unit = wanted.block or 1  # no block is divided
     gathered = Gathered(wanted, query, sizes if constant else None)
     outputs: list[Tensor] = []

@@ -41,9 +41,10 @@ def learns_from_probabilities(query: Tensor, n: int) -> bool:
     return query.device.type == "cpu" and query.dtype is torch.bfloat16 and n <= LEARNING_TO
 
 
-def memory_for(query: Tensor, sizes: Sequence[int], unit: int = 1) -> Tensor:
+def memory_for(query: Tensor, sizes: Sequence[int], unit: int = 1) -> tuple[Tensor, Tensor]:
     """What `attend_by_head` works in, for rows of these sizes one after the other. query: [H, ..., d]."""
-    return query.new_empty(2, max(_together(len(query), n) * n * _at_a_time(n, unit) for n in sizes))
+    size = max(_together(len(query), n) * n * _at_a_time(n, unit) for n in sizes)
+    return query.new_empty(size), query.new_empty(size)
 
 
 def attend_by_head(
@@ -51,7 +52,7 @@ def attend_by_head(
     key: Tensor,
     value: Tensor,
     scale: float,
-    memory: Tensor,
+    memory: tuple[Tensor, Tensor],
     out: Tensor,
     bias: Tensor | None = None,
     on_heads: Callable[[Tensor, slice | None], object] | None = None,
@@ -65,10 +66,12 @@ def attend_by_head(
     """
     heads, n, _ = query.shape
     together, step = _together(heads, n), _at_a_time(n, unit)
-    multiply = _one_head if _alone(n) else _some_heads
-    query, key, columns = query * scale, key, value.transpose(1, 2)
+    columns = value.transpose(1, 2)
+    multiply = _some_heads
     if _alone(n):
+        multiply = _one_head
         query, key, columns = query.contiguous(), key.contiguous(), columns.contiguous()
+    whole = together >= heads and step >= n  # short rows, where a slice costs as much as a product
     for start in range(0, heads, together):
         some = slice(start, min(start + together, heads))
         here = some.stop - start
@@ -76,14 +79,15 @@ def attend_by_head(
             asking = slice(first, min(first + step, n))
             size = here * (asking.stop - first) * n
             logits, probabilities = (part[:size].view(here, -1, n) for part in memory)
-            found = multiply(query[some, asking], key[some], logits)
+            q, k, v = (query, key, columns) if whole else (query[some, asking], key[some], columns[some])
+            found = multiply(q, k, logits, scale)
             if bias is not None:
                 by_head = bias[some] if len(bias) > 1 else bias
                 found += by_head[:, asking] if bias.shape[1] > 1 else by_head
             weights = torch.softmax(found, -1, out=probabilities)
             if on_heads is not None:
                 on_heads(weights, asking if step < n else None)
-            out[some, asking] = multiply(weights, columns[some])
+            (out if whole else out[some, asking]).copy_(multiply(weights, v))
 
 
 def _at_a_time(n: int, unit: int) -> int:
@@ -107,14 +111,17 @@ def _together(heads: int, n: int) -> int:
     return min(heads, max(round(some / n**2 / threads), 1) * threads)
 
 
-def _some_heads(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
-    """[h, n, m], [h, k, m] → [h, n, k], in `out` where it is given."""
-    return torch.bmm(x, y.transpose(1, 2)) if out is None else torch.bmm(x, y.transpose(1, 2), out=out)
+def _some_heads(x: Tensor, y: Tensor, out: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """[h, n, m], [h, k, m] → scale * [h, n, k], in `out` where it is given."""
+    if out is None:
+        return torch.bmm(x, y.transpose(1, 2))
+    return torch.baddbmm(out, x, y.transpose(1, 2), beta=0, alpha=scale, out=out)
 
 
-def _one_head(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+def _one_head(x: Tensor, y: Tensor, out: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """The same for h = 1, through oneDNN and in memory of its own."""
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(x[0], y[0], None, "none", [], "")
+    asked = x[0] if scale == 1.0 else x[0] * scale
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(asked, y[0], None, "none", [], "")
     return found.unsqueeze(0)
 
 

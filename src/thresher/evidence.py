@@ -205,7 +205,7 @@ def _column_sum(probabilities: Tensor, alive: Tensor | None) -> Tensor:
     """[n], the sum over heads and living queries of [h, m, n] float32. alive: [m]."""
     if alive is None and being_exported():  # where each step is an operator to call, one
         return probabilities.sum((0, 1))
-    weights = torch.ones_like(probabilities[:, :, 0])
+    weights = probabilities.new_ones(probabilities.shape[:2])
     if alive is not None:
         weights = weights * alive.to(weights.dtype)
     if torch.is_autocast_enabled(probabilities.device.type):  # which would round what a product sums
