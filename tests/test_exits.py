@@ -938,7 +938,8 @@ def test_the_command_line_fits_and_uses_an_exit(tmp_path: Path) -> None:
     fails("fit", plain, data, "--out", out, "--exit", "pabee", "--set", "threshold=.1", match="--set needs --method")
     alone = ("fit", plain, data, "--out", tmp_path / "o")
     fails(*alone, "--exit", "pabee", "--no-labels", *quick, match="labels.*; take confidence or fastbert")
-    fails(*alone, "--exit", "tokee", "--no-labels", *quick, match="labels.*; leave it out")
+    tokee = ("--exit", "tokee", "--set-exit", "learns=labels")
+    fails(*alone, *tokee, "--no-labels", *quick, match="labels.*; leave out --set-exit learns")
     fails(*alone, "--method", "block-skim", *quick, match="'block-skim' needs rows that say where the answer")
     assert not (tmp_path / "o").exists()
 

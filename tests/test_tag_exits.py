@@ -40,7 +40,7 @@ from thresher.measure.flops import dense_flops, flops, speedup
 from thresher.measure.run import run
 from thresher.model import attachment_of, exit_of
 from thresher.packed import PackedTokens
-from thresher.policy import PolicyConfig, Trace
+from thresher.policy import PolicyConfig, Stage, Trace
 from thresher.training import run_stage
 from thresher.training.learner import Learner
 
@@ -465,17 +465,22 @@ def labelled() -> dict[str, Tensor]:
 
 
 @every_name
+@pytest.mark.parametrize("learns", ["answers", "labels"])
 @pytest.mark.parametrize("policy", sorted(POLICIES))
-def test_steps_of_every_stage_lower_its_loss(policy: str, name: str) -> None:
+def test_steps_of_every_stage_lower_its_loss(policy: str, learns: str, name: str) -> None:
     if name == "tokee" and policy != "none":
         return
-    model = attached("bert", make_config(name), POLICIES[policy])
+    model = attached("bert", make_config(name, learns=learns), POLICIES[policy])
     exit = exit_of(model)
     assert [stage.name for stage in exit.stages()] == ["exit", "self-sampling"][: 2 if name == "tokee" else 1]
     for stage in exit.stages():
+        assert stage.learning_rate > 0 or (learns == "answers" and stage.name == "exit")
         exit.mode = "sample" if stage.exit_samples else "record"
-        learner, rows = Learner(model, stage), labelled()
-        parameters = [*exit.parameters(), *model.parameters()]
+        learner, rows = (
+            Learner(model, stage, teacher_of(stage)),
+            labelled() if learns == "labels" else batch("bert", ROWS),
+        )
+        parameters = [*exit.parameters(), *(model.parameters() if stage.learning_rate else ())]
         optimizer = torch.optim.SGD(parameters, lr=0.0005)
         losses = []
         for _ in range(3):
@@ -485,13 +490,36 @@ def test_steps_of_every_stage_lower_its_loss(policy: str, name: str) -> None:
             optimizer.zero_grad()
             loss.backward()
             assert all(p.grad is not None for p in exit.parameters())
-            assert all(p.grad is not None for p in model.classifier.parameters())
+            if stage.learning_rate:
+                assert all(p.grad is not None for p in model.classifier.parameters())
             optimizer.step()
         assert losses[0] > losses[1] > losses[2]
 
 
+def teacher_of(stage: Stage) -> Any:
+    """Another model, so that there is something to learn."""
+    torch.manual_seed(5)
+    return make("bert", "token", LAYERS) if stage.distil_weight else None
+
+
+@every_name
+def test_from_answers_every_real_token_is_learned_whatever_its_label(name: str) -> None:
+    model, given_ = attached("bert", make_config(name)), batch("bert", ROWS)
+    exit_of(model).mode = "record"
+    with thresher.tracing() as traces, torch.no_grad():
+        logits = model(**given_).logits
+    real = given_["attention_mask"].bool()
+    theirs = logits[real].softmax(-1)
+    wanted = sum(
+        float((theirs * (theirs.log() - said[real].softmax(-1).log())).sum(-1).mean()) for said in traces[0].branches
+    )
+    loss = exit_of(model).auxiliary_loss(traces[0], logits, given_)
+    assert loss is not None
+    assert float(loss) == pytest.approx(wanted, rel=1e-4)
+
+
 def test_the_loss_weighs_layers_by_their_number() -> None:
-    model, given_ = attached("bert", thresher.SENTEE()), labelled()
+    model, given_ = attached("bert", thresher.SENTEE(learns="labels")), labelled()
     exit_of(model).mode = "record"
     with thresher.tracing() as traces, torch.no_grad():
         logits = model(**given_).logits
@@ -570,16 +598,18 @@ def test_fit_trains_both_stages(tmp_path: Path) -> None:
     assert difference(outputs_of(model, batch("bert", ROWS)), outputs_of(again, batch("bert", ROWS))) <= 1e-6
 
 
-def test_a_stage_that_samples_ends_leaving(tmp_path: Path) -> None:
-    model = attached("bert", thresher.TokEE())
+@pytest.mark.parametrize("learns", ["answers", "labels"])
+def test_a_stage_that_samples_ends_leaving(tmp_path: Path, learns: Any) -> None:
+    model = attached("bert", thresher.TokEE(learns=learns))
     before = copy.deepcopy(model.state_dict())
     stage = exit_of(model).stages()[1]
-    rows = dataset(16, labels="token")
+    rows = dataset(16, labels="token" if learns == "labels" else None)
     run_stage(model, stage, rows, tokenizer(), tmp_path, max_steps=2, use_cpu=True, progress=False)
     assert exit_of(model).mode == "leave"
     assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    with pytest.raises(OptionError, match="labels"):
-        run_stage(model, stage, dataset(8, labels=None), tokenizer(), tmp_path)
+    if learns == "labels":
+        with pytest.raises(OptionError, match="labels"):
+            run_stage(model, stage, dataset(8, labels=None), tokenizer(), tmp_path)
 
 
 # What is refused.
@@ -613,7 +643,9 @@ def test_what_does_not_fit_is_refused(
     assert not hasattr(model, "thresher_attachment")
 
 
-@pytest.mark.parametrize("settings", [{"window": 4}, {"window": 0}, {"threshold": 1.5}, {"windw": 3}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"window": 4}, {"window": 0}, {"threshold": 1.5}, {"windw": 3}, {"learns": "tags"}], ids=str
+)
 def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=next(iter(settings))):
         thresher.TokEE.from_dict(settings)

@@ -249,7 +249,11 @@ def _instead(exit: ExitConfig) -> str:
     """What to do without labels: take an exit for the same heads that learns from the model, where there is one."""
     from thresher.exits import EXIT_CONFIGS
 
-    others = [name for name, kind in EXIT_CONFIGS.items() if not kind.labelled and set(kind.serves) & set(exit.serves)]
+    if not type(exit)().labelled:
+        return "leave out --set-exit learns"
+    others = [
+        name for name, kind in EXIT_CONFIGS.items() if not kind().labelled and set(kind.serves) & set(exit.serves)
+    ]
     return f"take {' or '.join(sorted(others))}" if others else "leave it out"
 
 

@@ -74,7 +74,6 @@ class ExitConfig(Settings):
     serves: ClassVar[tuple[Kind, ...]] = ()
     scaled: ClassVar[tuple[str, ...]] = ()  # the settings that `strength` scales
     unscaled: ClassVar[tuple[str, ...]] = ("strength", "after")  # what else may be set without training again
-    labelled: ClassVar[bool] = False  # whether its branches learn from labels
     exports: ClassVar[bool] = True  # whether its decision can be written as operators of a graph
     answers_dropped: ClassVar[bool] = False  # whether its branches read the last states of dropped tokens too
 
@@ -94,6 +93,11 @@ class ExitConfig(Settings):
         """What `set_exit` may change without training again."""
         return (*cls.scaled, *cls.unscaled)
 
+    @property
+    def labelled(self) -> bool:
+        """Whether its branches learn from labels."""
+        return False
+
     def may_leave(self, layer: int) -> bool:
         """Whether `after` lets a row leave after this layer."""
         return self.after is None or layer in self.after
@@ -103,6 +107,10 @@ class ExitConfig(Settings):
         return f"exit {cls.method!r}"
 
 
+# Branches alone, under what the policy drops.
+ALONE = Stage(
+    name="exit", mode="hard", epochs=3, learning_rate=0.0, exit_learning_rate=2e-4, label_weight=0.0, dropout=False
+)
 # Branches and model learn from labels together.
 TOGETHER = Stage(name="exit", mode="hard", epochs=3, learning_rate=2e-5, exit_learning_rate=2e-4, label_weight=0.0)
 
@@ -206,17 +214,7 @@ class Exit(nn.Module, Generic[ConfigT]):
 
     def stages(self) -> tuple[Stage, ...]:
         """How the exit is trained after its policy: by default the branches alone, under what the policy drops."""
-        return (
-            Stage(
-                name="exit",
-                mode="hard",
-                epochs=3,
-                learning_rate=0.0,
-                exit_learning_rate=2e-4,
-                label_weight=0.0,
-                dropout=False,
-            ),
-        )
+        return (ALONE,)
 
     def overhead_flops(self, n: int) -> int:
         """One branch's work for a row of n tokens (a multiply-add is 2)."""

@@ -61,8 +61,11 @@ class DeeBERT(CertainExit):
     """
 
     method: ClassVar[str] = "deebert"
-    labelled: ClassVar[bool] = True
     threshold: float = 0.1
+
+    @property
+    def labelled(self) -> bool:
+        return True
 
     def highest(self) -> float:
         return math.inf

@@ -46,10 +46,13 @@ class PABEE(SettledExit):
     """
 
     method: ClassVar[str] = "pabee"
-    labelled: ClassVar[bool] = True
     serves: ClassVar[tuple[Kind, ...]] = ("classes", "labels", "value")
     scaled: ClassVar[tuple[str, ...]] = ("patience", "tolerance")
     tolerance: float = 0.05
+
+    @property
+    def labelled(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,27 +4,43 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thresher.errors import OptionError
-from thresher.exits.base import TOGETHER, Kind, Memory, rising
+from thresher.exits.base import ALONE, TOGETHER, Kind, Memory, from_answers, rising
 from thresher.exits.branches import NO_ANSWER
 from thresher.exits.certain import CertainExit, ThresholdExit, entropy, labels_of
 from thresher.packed import Layout, PackedTokens
 from thresher.policy import Batch, Stage
 
+Teacher = Literal["answers", "labels"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaggingConfig(CertainExit):
-    """A token's uncertainty is the entropy of its tags, divided by its maximum log C."""
+    """A token's uncertainty is the entropy of its tags, divided by its maximum log C.
+
+    learns: from the model's own "answers", the branches alone, so that a model from which nobody leaves stays as it was; or
+    from "labels", branches and model together, layer l with weight l, as the paper does.
+    """
 
     serves: ClassVar[tuple[Kind, ...]] = ("tags",)
-    labelled: ClassVar[bool] = True
     answers_dropped: ClassVar[bool] = True
+
+    learns: Teacher = "answers"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.learns not in (known := get_args(Teacher)):
+            raise OptionError(f"An exit for tags learns from {' or '.join(known)}, not from {self.learns!r}.")
+
+    @property
+    def labelled(self) -> bool:
+        return self.learns == "labels"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +48,6 @@ class SENTEE(TaggingConfig):
     """SENTEE (Li et al., ACL 2021): a row leaves when the largest uncertainty among its tokens is at most `threshold`.
 
     A branch is a linear layer on every token; tokens that a policy dropped are read, and answered, in their last state.
-    Branches and model learn together from labels, layer l with weight l.
     """
 
     method: ClassVar[str] = "sentee"
@@ -45,8 +60,9 @@ class TokEE(TaggingConfig):
 
     A frozen token asks nothing and changes no more, and is still attended to; its answer is that of the layer where it
     froze. A row whose tokens are all frozen leaves. Neighbours that are frozen already hold nobody back. Works without a
-    policy, in families whose layers can be opened. Learns as SENTEE, then with tokens that freeze, by a threshold drawn for
-    each step between 0 and twice the given one, so that one training serves several.
+    policy, in families whose layers can be opened. Learns as SENTEE, then, model and branches, with tokens that freeze
+    (self-sampling), by a threshold drawn for each step between 0 and twice the given one, so that one training serves several;
+    from labels, or from what the model said before.
     """
 
     method: ClassVar[str] = "tokee"
@@ -84,8 +100,12 @@ class TagBranch(nn.Module):
 TaggingT = TypeVar("TaggingT", bound=TaggingConfig)
 
 
+# A linear layer needs larger steps than what is deeper.
+OWN = replace(ALONE, exit_learning_rate=3e-3)
+
+
 class TaggingExit(ThresholdExit[TaggingT]):
-    """A linear layer on every token, trained with the model."""
+    """A linear layer on every token."""
 
     def branch(self) -> nn.Module:
         return TagBranch(self.geometry.hidden, self.head.outputs)
@@ -98,10 +118,15 @@ class TaggingExit(ThresholdExit[TaggingT]):
         return entropy(said) / math.log(self.head.outputs)
 
     def loss(self, branches: list[Tensor], outputs: Tensor, batch: Batch) -> Tensor:
-        return rising(self.head, [*branches, outputs.float()], labels_of(batch))
+        """From labels the mean over layers, layer l with weight l; from answers the sum over branches of KL(model || branch),
+        of which each is a mean over tokens."""
+        if self.config.labelled:
+            return rising(self.head, [*branches, outputs.float()], labels_of(batch))
+        real = (branches[0] != NO_ANSWER).any(-1)
+        return torch.stack([from_answers(said[real], outputs[real]) for said in branches]).sum()
 
     def stages(self) -> tuple[Stage, ...]:
-        return (TOGETHER,)
+        return (TOGETHER if self.config.labelled else OWN,)
 
 
 class SENTEEExit(TaggingExit[SENTEE]):
@@ -145,4 +170,7 @@ class TokEEExit(TaggingExit[TokEE]):
         return pooled.flatten()[place]
 
     def stages(self) -> tuple[Stage, ...]:
-        return (*super().stages(), replace(TOGETHER, name="self-sampling", epochs=2, exit_samples=True))
+        sampling = TOGETHER
+        if not self.config.labelled:  # the model too learns to say, of tokens that freeze, what it said before
+            sampling = replace(OWN, learning_rate=1e-5, exit_learning_rate=1e-3, distil_weight=1.0)
+        return (*super().stages(), replace(sampling, name="self-sampling", epochs=2, exit_samples=True))
