@@ -40,7 +40,7 @@ from thresher.measure.flops import dense_flops, flops, speedup
 from thresher.measure.run import run
 from thresher.model import attachment_of, exit_of
 from thresher.packed import PackedTokens
-from thresher.policy import PolicyConfig, Stage, Trace
+from thresher.policy import PolicyConfig, Trace
 from thresher.training import run_stage
 from thresher.training.learner import Learner
 
@@ -472,12 +472,13 @@ def test_steps_of_every_stage_lower_its_loss(policy: str, learns: str, name: str
         return
     model = attached("bert", make_config(name, learns=learns), POLICIES[policy])
     exit = exit_of(model)
-    assert [stage.name for stage in exit.stages()] == ["exit", "self-sampling"][: 2 if name == "tokee" else 1]
+    samples = name == "tokee" and learns == "labels"
+    assert [stage.name for stage in exit.stages()] == ["exit", "self-sampling"][: 1 + samples]
     for stage in exit.stages():
-        assert stage.learning_rate > 0 or (learns == "answers" and stage.name == "exit")
+        assert (stage.learning_rate > 0) == (learns == "labels")
         exit.mode = "sample" if stage.exit_samples else "record"
         learner, rows = (
-            Learner(model, stage, teacher_of(stage)),
+            Learner(model, stage),
             labelled() if learns == "labels" else batch("bert", ROWS),
         )
         parameters = [*exit.parameters(), *(model.parameters() if stage.learning_rate else ())]
@@ -494,12 +495,6 @@ def test_steps_of_every_stage_lower_its_loss(policy: str, learns: str, name: str
                 assert all(p.grad is not None for p in model.classifier.parameters())
             optimizer.step()
         assert losses[0] > losses[1] > losses[2]
-
-
-def teacher_of(stage: Stage) -> Any:
-    """Another model, so that there is something to learn."""
-    torch.manual_seed(5)
-    return make("bert", "token", LAYERS) if stage.distil_weight else None
 
 
 @every_name
@@ -586,7 +581,7 @@ def test_fit_trains_both_stages(tmp_path: Path) -> None:
         rows,
         tokenizer(),
         tmp_path / "out",
-        exit="tokee",
+        exit=thresher.TokEE(learns="labels"),
         on_stage=lambda stage: stages.append(stage.name),
         use_cpu=True,
         progress=False,
@@ -598,18 +593,25 @@ def test_fit_trains_both_stages(tmp_path: Path) -> None:
     assert difference(outputs_of(model, batch("bert", ROWS)), outputs_of(again, batch("bert", ROWS))) <= 1e-6
 
 
-@pytest.mark.parametrize("learns", ["answers", "labels"])
-def test_a_stage_that_samples_ends_leaving(tmp_path: Path, learns: Any) -> None:
-    model = attached("bert", thresher.TokEE(learns=learns))
+def test_a_stage_that_samples_ends_leaving(tmp_path: Path) -> None:
+    model = attached("bert", thresher.TokEE(learns="labels"))
     before = copy.deepcopy(model.state_dict())
     stage = exit_of(model).stages()[1]
-    rows = dataset(16, labels="token" if learns == "labels" else None)
+    rows = dataset(16, labels="token")
     run_stage(model, stage, rows, tokenizer(), tmp_path, max_steps=2, use_cpu=True, progress=False)
     assert exit_of(model).mode == "leave"
     assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    if learns == "labels":
-        with pytest.raises(OptionError, match="labels"):
-            run_stage(model, stage, dataset(8, labels=None), tokenizer(), tmp_path)
+    with pytest.raises(OptionError, match="labels"):
+        run_stage(model, stage, dataset(8, labels=None), tokenizer(), tmp_path)
+
+
+def test_branches_alone_learn_without_labels_and_leave_the_model_as_it_was(tmp_path: Path) -> None:
+    model = attached("bert", thresher.TokEE())
+    before, (stage,) = copy.deepcopy(model.state_dict()), exit_of(model).stages()
+    branches = copy.deepcopy(exit_of(model).state_dict())
+    run_stage(model, stage, dataset(16, labels=None), tokenizer(), tmp_path, max_steps=2, use_cpu=True, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(not torch.equal(value, branches[name]) for name, value in exit_of(model).state_dict().items())
 
 
 # What is refused.

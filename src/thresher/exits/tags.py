@@ -60,9 +60,8 @@ class TokEE(TaggingConfig):
 
     A frozen token asks nothing and changes no more, and is still attended to; its answer is that of the layer where it
     froze. A row whose tokens are all frozen leaves. Neighbours that are frozen already hold nobody back. Works without a
-    policy, in families whose layers can be opened. Learns as SENTEE, then, model and branches, with tokens that freeze
-    (self-sampling), by a threshold drawn for each step between 0 and twice the given one, so that one training serves several;
-    from labels, or from what the model said before.
+    policy, in families whose layers can be opened. Learns as SENTEE; from labels afterwards also with tokens that freeze
+    (self-sampling), by a threshold drawn for each step between 0 and twice the given one, so that one training serves several.
     """
 
     method: ClassVar[str] = "tokee"
@@ -170,7 +169,6 @@ class TokEEExit(TaggingExit[TokEE]):
         return pooled.flatten()[place]
 
     def stages(self) -> tuple[Stage, ...]:
-        sampling = TOGETHER
-        if not self.config.labelled:  # the model too learns to say, of tokens that freeze, what it said before
-            sampling = replace(OWN, learning_rate=1e-5, exit_learning_rate=1e-3, distil_weight=1.0)
-        return (*super().stages(), replace(sampling, name="self-sampling", epochs=2, exit_samples=True))
+        if not self.config.labelled:
+            return super().stages()
+        return (*super().stages(), replace(TOGETHER, name="self-sampling", epochs=2, exit_samples=True))
