@@ -158,17 +158,18 @@ class Bench:
 def measured(bench: Bench, seed: int) -> dict[tuple[str, float], tuple[float, float]]:
     """By way and speedup asked for: the speedup and F1 on the test rows."""
     found: dict[tuple[str, float], tuple[float, float]] = {}
-    for name in EXITS:
+    for name in [one for one in EXITS if one in bench.args.ways]:
         model = bench.exiting(name, seed)
         whole = bench.f1(run_packed(model, bench.ready).predictions)
         print(f"{name}, seed {seed}, nobody leaves: F1 {whole:.2f}", flush=True)
         found[name, 1.0] = (1.0, whole)
-        for speedup in SPEEDUPS:
+        for speedup in bench.args.speedups:
             if bench.set_to(model, speedup):
                 result = run(model, bench.ready)
                 found[name, speedup] = (result.speedup, bench.f1(result.predictions))
                 print(f"{name}, {speedup}x: {exit_of(model).config}", flush=True)
-    for speedup, layers in CUTS.items():
+    for speedup in bench.args.speedups if "cut" in bench.args.ways else ():
+        layers = CUTS[speedup]
         result = run(bench.cut(layers, seed), bench.ready)
         found["cut", speedup] = (6 / layers, bench.f1(result.predictions))
     return found
@@ -201,6 +202,8 @@ def table(bench: Bench) -> None:
             },
             seeds=seeds[: len(rows)],
         )
+    if set(bench.args.ways) != set(NAMES) or set(bench.args.speedups) != set(SPEEDUPS):
+        return
     chart = frontier_chart(points, baseline=mean(starts), quality_label="Entity F1 on wnut17")
     print("drawn:", save_chart(chart, (bench.args.out if dry(bench) else IMAGES) / "tag-exits.svg"))
 
@@ -245,6 +248,8 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true", help="time TokEE instead, on a quiet machine")
     parser.add_argument("--start-passes", type=int, default=30_000, help="rows read forward and backward")
     parser.add_argument("--passes", type=int, default=20_000, help="the same, for each way")
+    parser.add_argument("--ways", nargs="+", choices=list(NAMES), default=list(NAMES), help="drawn where it is all")
+    parser.add_argument("--speedups", nargs="+", type=float, choices=SPEEDUPS, default=SPEEDUPS, help="the same")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dry", action="store_true", help="record nothing, draw into OUT")
