@@ -477,10 +477,7 @@ def test_steps_of_every_stage_lower_its_loss(policy: str, learns: str, name: str
     for stage in exit.stages():
         assert (stage.learning_rate > 0) == (learns == "labels")
         exit.mode = "sample" if stage.exit_samples else "record"
-        learner, rows = (
-            Learner(model, stage),
-            labelled() if learns == "labels" else batch("bert", ROWS),
-        )
+        learner, rows = Learner(model, stage), labelled() if learns == "labels" else batch("bert", ROWS)
         parameters = [*exit.parameters(), *(model.parameters() if stage.learning_rate else ())]
         optimizer = torch.optim.SGD(parameters, lr=0.0005)
         losses = []
