@@ -20,9 +20,11 @@ from helpers import FAMILIES, batch, make, outputs_of, settings, worst
 from thresher import linears
 from thresher.engine import keep_everything
 from thresher.errors import CheckpointError, OptionError
-from thresher.linears import FastLinear
+from thresher.exits.branches import AttentiveBranch
+from thresher.linears import FastLinear, TanhLinear
 from thresher.methods import CONFIGS
 from thresher.model import attachment_of, policy_of
+from thresher.packed import PackedTokens
 
 
 @given(
@@ -31,10 +33,11 @@ from thresher.model import attachment_of, policy_of
     outside=st.integers(1, 40),
     bias=st.booleans(),
     deep=st.booleans(),
+    tanh=st.booleans(),
 )
-def test_float32_is_torchs_own(rows: int, inside: int, outside: int, bias: bool, deep: bool) -> None:
+def test_float32_is_torchs_own(rows: int, inside: int, outside: int, bias: bool, deep: bool, tanh: bool) -> None:
     torch.manual_seed(rows)
-    linear = nn.Linear(inside, outside, bias=bias)
+    linear = (TanhLinear if tanh else nn.Linear)(inside, outside, bias=bias)
     x = torch.randn((2, rows, inside) if deep else (rows, inside))
     with torch.no_grad():
         torch.testing.assert_close(FastLinear(linear, "float32")(x), linear(x), atol=1e-5, rtol=1e-5)
@@ -96,6 +99,30 @@ def test_a_changed_weight_is_seen(change: str, precision: Any) -> None:
         after, exact = fast(x), linear(x)
     assert (after - before).abs().max() > 0.5
     assert (after - exact).abs().max() < (1e-4 if precision == "float32" else 0.1 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("part", ["query", "key", "value", "out", "pool"])
+@pytest.mark.parametrize("change", ["in place", "data", "copied"])
+def test_joined_maps_of_a_branch_are_those_of_its_layers_also_when_one_changes(change: str, part: str) -> None:
+    torch.manual_seed(0)
+    branch = AttentiveBranch(24, 16, 4, 3)
+    mask = torch.arange(9) < torch.tensor([[9], [4], [1]])
+    tokens = PackedTokens.pack(torch.randn(3, 9, 24), mask)
+    with torch.no_grad():
+        before = branch(tokens)
+        weight = branch.get_submodule(part).get_parameter("weight")
+        if change == "in place":
+            weight.mul_(-3)
+        elif change == "data":
+            weight.data = weight.data * -3
+        else:
+            branch = copy.deepcopy(branch)
+            branch.get_submodule(part).get_parameter("weight").mul_(-3)
+        after = branch(tokens)
+        with linears.plain_kernels():
+            torch.testing.assert_close(branch(tokens), after, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(branch(tokens), after, atol=1e-5, rtol=1e-5)  # layer by layer, as gradients want it
+    assert (after - before).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])

@@ -95,6 +95,8 @@ class Gathered:
         self.wanted = wanted
         self.rows: list[_RowEvidence] = []
         self.tiles: Tensor | None = None
+        # Short rows are many: what each would make for itself is made once.
+        self.ones = None if sizes is None else query.new_ones(len(query) * max(sizes), dtype=torch.float32)
         if wanted.block and sizes is not None:
             self.counts = [-(-n // wanted.block) for n in sizes]
             shape = (sum(self.counts), len(query), wanted.block, wanted.block)
@@ -103,7 +105,7 @@ class Gathered:
 
     def row(self, row: Row) -> _RowEvidence:
         place = None if self.tiles is None else self.places[len(self.rows)]
-        self.rows.append(_RowEvidence(self.wanted, row, place))
+        self.rows.append(_RowEvidence(self.wanted, row, place, self.ones))
         return self.rows[-1]
 
     def evidence(self) -> Evidence:
@@ -111,7 +113,7 @@ class Gathered:
         wanted, rows = self.wanted, self.rows
         join = lambda wanted, one: join_rows([one(row) for row in rows]) if wanted else None  # noqa: E731
         found = Evidence(
-            mass=join(wanted.mass, _RowEvidence.mass),
+            mass=self._mass() if wanted.mass else None,
             diagonal=join(wanted.diagonal, _RowEvidence.diagonal),
             by_segment=join(wanted.by_segment, _RowEvidence.by_segment),
             blocks=join(wanted.block, _RowEvidence.blocks) if self.tiles is None else self.tiles,
@@ -120,13 +122,24 @@ class Gathered:
         mark("evidence")
         return found
 
+    def _mass(self) -> Tensor:
+        rows = self.rows
+        totals = [row.total() for row in rows]
+        if len(rows) == 1 or any(row.alive is not None for row in rows):
+            return join_rows([total / row.summed() for total, row in zip(totals, rows, strict=True)])
+        sizes = torch.tensor([len(total) for total in totals])
+        summed = torch.tensor([row.summed() for row in rows], dtype=totals[0].dtype)
+        return join_rows(totals) / summed.repeat_interleave(sizes, output_size=int(sizes.sum())).to(totals[0].device)
+
 
 class _RowEvidence:
     """Evidence of one row, from its probabilities as they come: all heads at once or head by head."""
 
-    def __init__(self, wanted: Wanted, row: Row, place: Tensor | None) -> None:
+    def __init__(self, wanted: Wanted, row: Row, place: Tensor | None, ones: Tensor | None) -> None:
+        """ones: at least as many as queries of all heads, float32."""
         self.wanted = wanted
         self.place = place
+        self.ones = ones
         self.alive = row.alive
         self.count = 0
         self.sums: list[Tensor] = []
@@ -143,7 +156,7 @@ class _RowEvidence:
         if asking is None or asking.start == 0:
             self.count += probabilities.shape[0]
         if wanted.mass:
-            self._add(self.sums, _column_sum(probabilities, _some(self.alive, asking)))
+            self._add(self.sums, _column_sum(probabilities, _some(self.alive, asking), self.ones))
         if wanted.diagonal:
             own = probabilities.diagonal(0 if asking is None else asking.start, dim1=1, dim2=2).sum(0)
             if asking is not None:
@@ -180,9 +193,13 @@ class _RowEvidence:
         queries = torch.stack([1 - in_second, in_second])
         return queries if self.alive is None else queries * self.alive.to(dtype)
 
-    def mass(self) -> Tensor:
-        (total,) = self.sums
-        return total / ((total.shape[0] if self.alive is None else self.alive.sum()) * self.count)
+    def total(self) -> Tensor:
+        """[n], what each token receives from every head and query together."""
+        return self.sums[0]
+
+    def summed(self) -> int | Tensor:
+        """How many distributions over the row's tokens the total is of."""
+        return (self.sums[0].shape[0] if self.alive is None else self.alive.sum()) * self.count
 
     def diagonal(self) -> Tensor:
         return self.diagonals[0] / self.count
@@ -201,24 +218,27 @@ def _some(values: Tensor | None, asking: slice | None) -> Tensor | None:
     return values if values is None or asking is None else values[..., asking]
 
 
-def _column_sum(probabilities: Tensor, alive: Tensor | None) -> Tensor:
-    """[n], the sum over heads and living queries of [h, m, n] float32. alive: [m]."""
+def _column_sum(probabilities: Tensor, alive: Tensor | None, ones: Tensor | None) -> Tensor:
+    """[n], the sum over heads and living queries of [h, m, n] float32. alive: [m]. ones: at least h * m of them."""
     if alive is None and being_exported():  # where each step is an operator to call, one
         return probabilities.sum((0, 1))
-    weights = probabilities.new_ones(probabilities.shape[:2])
+    heads, queries, _ = probabilities.shape
+    weights = probabilities.new_ones(heads * queries) if ones is None else ones[: heads * queries]
+    weights = weights.view(heads, 1, queries)
     if alive is not None:
         weights = weights * alive.to(weights.dtype)
     if torch.is_autocast_enabled(probabilities.device.type):  # which would round what a product sums
-        return (probabilities * weights.unsqueeze(2)).sum((0, 1))
-    # One matrix-vector product over the [h * n, n] view: the cheapest column sum on every device.
-    return weights.reshape(-1) @ probabilities.reshape(-1, probabilities.shape[-1])
+        return (probabilities * weights.transpose(1, 2)).sum((0, 1))
+    # Head by head, as the products before and after it, so that each thread reads what it has just written: one matrix-vector
+    # product over all heads and queries would fetch half of it from another core's cache, twice.
+    return torch.bmm(weights, probabilities).sum((0, 1))
 
 
 def _segment_sums(probabilities: Tensor, queries: Tensor) -> Tensor:
     """[2, n], for the queries of each segment ([2, m] of ones and zeros) the sum over heads of [h, m, n] float32."""
     if torch.is_autocast_enabled(probabilities.device.type):
         return (probabilities.sum(0) * queries.unsqueeze(2)).sum(1)
-    return queries.repeat(1, len(probabilities)) @ probabilities.reshape(-1, probabilities.shape[-1])
+    return torch.bmm(queries.expand(len(probabilities), -1, -1), probabilities).sum(0)
 
 
 def join_rows(parts: list[Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -48,63 +48,93 @@ SAMPLED = 8  # rows and columns of a weight whose values tell of a change that n
 PROBED, MUCH = 256, 1.4
 
 
+MadeT = TypeVar("MadeT")
+
+
+class Derived(Generic[MadeT]):
+    """What is computed from parameters on the CPU, kept until one of them changes."""
+
+    def __init__(self) -> None:
+        self._kept: _Kept[MadeT] | None = None
+
+    def of(self, parameters: tuple[Tensor, ...], make: Callable[[], MadeT]) -> MadeT:
+        """What `make` says, which reads these parameters and nothing else that changes."""
+        state = (_steps, *(_state(p) for p in parameters))
+        kept = self._kept
+        if kept is None or kept.state != state or any(sample.tobytes() != were for sample, were in kept.samples):
+            samples = [_sample(p) for p in parameters if p.dim() == 2]
+            with torch.inference_mode():
+                kept = self._kept = _Kept(state, [(sample, sample.tobytes()) for sample in samples], make())
+        return kept.made
+
+    def forget(self) -> None:
+        self._kept = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_kept": None}  # made again where a copy is used
+
+
+@dataclass(frozen=True)
+class _Kept(Generic[MadeT]):
+    """state, samples: what told which values it was made of, and of samples where they were read; made: by `Derived.of`."""
+
+    state: tuple[object, ...]
+    samples: list[tuple[np.ndarray, bytes]]
+    made: MadeT
+
+
+class TanhLinear(nn.Linear):
+    """A linear layer with tanh after it, which FastLinear computes in one go."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh()
+
+
 class FastLinear:
     """What a layer's `nn.Linear` does during a packed pass."""
 
     def __init__(self, linear: nn.Linear, precision: Precision) -> None:
         self.linear = linear
         self.precision = precision
-        self._made: _Made | None = None
+        self.tanh = isinstance(linear, TanhLinear)
+        self._copy: Derived[Tensor | torch.ScriptObject] = Derived()
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [..., in] → [..., out]."""
         linear = self.linear
-        if not self._applies(x):
+        if not applies(x, linear.weight):
             if torch.is_grad_enabled():
-                self._made = None  # what learns is about to change, by whatever optimizer
-            return F.linear(x, linear.weight, linear.bias)
-        if self.precision == "int8":
-            return torch.ops.quantized.linear_dynamic(x, self._packed(), not has_int8_instructions())  # type: ignore[no-any-return]
-        if x.numel() < FEW_TOKENS * linear.in_features:
-            return F.linear(x, linear.weight, linear.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed(), linear.bias, "none", [], "")  # type: ignore[no-any-return]
+                self._copy.forget()  # what learns is about to change, by whatever optimizer
+        elif self.precision == "int8":
+            return self._after(torch.ops.quantized.linear_dynamic(x, self._packed(), not has_int8_instructions()))
+        elif x.numel() >= FEW_TOKENS * linear.in_features:
+            then = "tanh" if self.tanh else "none"
+            return torch.ops.mkldnn._linear_pointwise(x, self._packed(), linear.bias, then, [], "")  # type: ignore[no-any-return]
+        return self._after(F.linear(x, linear.weight, linear.bias))
 
-    def _applies(self, x: Tensor) -> bool:
-        weight = self.linear.weight
-        return (
-            x.dtype is torch.float32
-            and weight.dtype is torch.float32
-            and not x.is_cuda
-            and weight.device.type == "cpu"
-            and x.numel() > 0
-            and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-            and not torch.is_autocast_enabled("cpu")
-            and not being_exported()
-            and fast_kernels()
-        )
+    def _after(self, out: Tensor) -> Tensor:
+        return out.tanh() if self.tanh else out
 
     def _packed(self) -> Tensor | torch.ScriptObject:
         weight, bias = self.linear.weight, self.linear.bias
-        state = (_steps, *(_state(p) for p in (weight, bias) if p is not None))
-        if self._made is None or self._made.state != state or self._made.sample.tobytes() != self._made.sampled:
-            with torch.inference_mode():
-                make = _quantized if self.precision == "int8" else _laid_out
-                sample = _sample(weight)
-                self._made = _Made(state, sample, sample.tobytes(), make(weight.detach(), bias))
-        return self._made.copy
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_made": None}  # made again where a copy is used
+        make = _quantized if self.precision == "int8" else _laid_out
+        parameters = (weight,) if bias is None else (weight, bias)
+        return self._copy.of(parameters, lambda: make(weight.detach(), bias))
 
 
-@dataclass(frozen=True)
-class _Made:
-    """A second copy of a weight. state, sampled: what told which values it is of; sample: where `sampled` was read."""
-
-    state: tuple[object, ...]
-    sample: np.ndarray
-    sampled: bytes
-    copy: Tensor | torch.ScriptObject
+def applies(x: Tensor, weight: Tensor) -> bool:
+    """Whether what is derived from a weight may stand for it in a product with x: float32 on the CPU, and nothing learns."""
+    return (
+        x.dtype is torch.float32
+        and weight.dtype is torch.float32
+        and not x.is_cuda
+        and weight.device.type == "cpu"
+        and x.numel() > 0
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not torch.is_autocast_enabled("cpu")
+        and not being_exported()
+        and fast_kernels()
+    )
 
 
 def _sample(weight: Tensor) -> np.ndarray:
@@ -132,7 +162,7 @@ class Quickened:
             return
         # A shared layer (ALBERT) stands in the model once, so each module is met once.
         for one in dict.fromkeys(inner for module in modules for inner in module.modules()):
-            if type(one) is nn.Linear:
+            if isinstance(one, nn.Linear) and type(one) in (nn.Linear, TanhLinear):
                 one.forward = functools.partial(call, FastLinear(one, precision))  # type: ignore[method-assign]
                 self._linears.append(one)
 
@@ -227,8 +257,11 @@ def warn_without_int8_instructions() -> None:
 
 
 __all__ = [
+    "Derived",
     "FastLinear",
     "Precision",
+    "TanhLinear",
+    "applies",
     "check_int8",
     "fast_kernels",
     "has_int8_instructions",

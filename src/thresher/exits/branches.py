@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thresher.linears import Derived, TanhLinear, applies
 from thresher.packed import Layout, PackedTokens
 
 NO_ANSWER = -1e4  # far below any logit; yet sums and losses of it stay finite, in half precision too
@@ -46,11 +48,11 @@ class PooledBranch(nn.Module):
 
     def __init__(self, size: int, outputs: int) -> None:
         super().__init__()
-        self.pool = nn.Linear(size, size)
+        self.pool = TanhLinear(size, size)
         self.classify = nn.Linear(size, outputs)
 
     def forward(self, tokens: PackedTokens) -> Tensor:
-        return self.classify(self.pool(first_states(tokens)).tanh())  # type: ignore[no-any-return]
+        return self.classify(self.pool(first_states(tokens)))  # type: ignore[no-any-return]
 
     @staticmethod
     def flops(size: int, outputs: int) -> int:
@@ -63,24 +65,52 @@ class AttentiveBranch(nn.Module):
     def __init__(self, size: int, width: int, heads: int, outputs: int) -> None:
         super().__init__()
         self.heads = heads
-        self.narrow = nn.Linear(size, width)
+        self.narrow = TanhLinear(size, width)
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
-        self.pool = nn.Linear(width, width)
+        self.pool = TanhLinear(width, width)
         self.classify = nn.Linear(width, outputs)
+        self._joined: Derived[tuple[Tensor, ...]] = Derived()
 
     def forward(self, tokens: PackedTokens) -> Tensor:
         # One query needs no key of every token: q (K n + b) is (q K) n and a number that is the same for all of them, which a
         # softmax does not see. Nor a value: what V makes of a weighted sum is the weighted sum of what it makes of each.
         # The leading axis tells an exported graph that this one map is of all tokens, and is to be int8 with the layers' own.
-        narrow = tokens.with_hidden(self.narrow(tokens.hidden.unsqueeze(0)).squeeze(0).tanh())
-        query = self.query(first_states(narrow)).unflatten(1, (self.heads, -1))
+        narrow = tokens.with_hidden(self.narrow(tokens.hidden.unsqueeze(0)).squeeze(0))
+        first = first_states(narrow)
+        if applies(first, self.query.weight):
+            maps = self._joined.of(tuple(p for linear in self._between for p in linear.parameters()), self._join)
+            to_sought, sought_bias, to_pooled, pooled_bias = maps
+            sought = F.linear(first, to_sought, sought_bias).unflatten(1, (self.heads, -1))
+            pooled = F.linear(self._weighted_sums(sought, narrow).flatten(1), to_pooled, pooled_bias).tanh()
+            return self.classify(pooled)  # type: ignore[no-any-return]
+        self._joined.forget()
+        query = self.query(first).unflatten(1, (self.heads, -1))
         sought = (query.unsqueeze(3) * self._by_head(self.key)).sum(2) / math.sqrt(query.shape[2])
         found = self._weighted_sums(sought, narrow)
         context = (found.unsqueeze(2) * self._by_head(self.value)).sum(3).flatten(1) + self.value.bias
-        return self.classify(self.pool(self.out(context)).tanh())  # type: ignore[no-any-return]
+        return self.classify(self.pool(self.out(context)))  # type: ignore[no-any-return]
+
+    @property
+    def _between(self) -> tuple[nn.Linear, ...]:
+        """The linear layers that follow each other with nothing between them: query and key, value and out and pool."""
+        return self.query, self.key, self.value, self.out, self.pool
+
+    def _join(self) -> tuple[Tensor, ...]:
+        """Weights and biases of the two maps that those layers are: of the first token's state to what each head seeks, and of
+        what it finds to what is pooled."""
+        heads, (width, _) = self.heads, self.key.weight.shape
+        key, value = self._by_head(self.key) / math.sqrt(width // heads), self._by_head(self.value)
+        query, bias = self._by_head(self.query), self.query.bias.view(heads, -1)
+        pooled = self.pool.weight @ self.out.weight
+        return (
+            torch.einsum("hdw,hdv->hwv", key, query).reshape(heads * width, width),
+            torch.einsum("hdw,hd->hw", key, bias).reshape(-1),
+            torch.einsum("xhd,hdw->xhw", pooled.view(width, heads, -1), value).reshape(width, -1),
+            pooled @ self.value.bias + self.pool.weight @ self.out.bias + self.pool.bias,
+        )
 
     def _by_head(self, linear: nn.Linear) -> Tensor:
         """[H, W/H, W]"""
