@@ -19,7 +19,7 @@ LONGEST = 400
 # From the ground up; a module may import from floors below its own, and from its own room. The longest prefix counts.
 FLOORS = [
     ["errors", "timing", "memory"],
-    ["settings", "foreign", "stamped"],
+    ["settings", "foreign", "stamped", "padding"],
     ["targets"],
     ["packed", "tasks", "report", "measure.layer", "pairs.store"],
     ["exported.directory", "proposals"],

@@ -124,12 +124,16 @@ class Gathered:
 
     def _mass(self) -> Tensor:
         rows = self.rows
-        totals = [row.total() for row in rows]
+        # Summed over heads and divided once for all rows: of short ones each step of each row counts.
         if len(rows) == 1 or any(row.alive is not None for row in rows):
-            return join_rows([total / row.summed() for total, row in zip(totals, rows, strict=True)])
-        sizes = torch.tensor([len(total) for total in totals])
-        summed = torch.tensor([row.summed() for row in rows], dtype=totals[0].dtype)
-        return join_rows(totals) / summed.repeat_interleave(sizes, output_size=int(sizes.sum())).to(totals[0].device)
+            return join_rows([row.sums().sum((0, 1)) / row.summed() for row in rows])
+        sums = [row.sums() for row in rows]
+        if len({len(one) for one in sums}) > 1:
+            sums = [one.sum(0, keepdim=True) for one in sums]
+        sizes = torch.tensor([one.shape[2] for one in sums])
+        summed = torch.tensor([row.summed() for row in rows], dtype=sums[0].dtype)
+        each = summed.repeat_interleave(sizes, output_size=int(sizes.sum())).to(sums[0].device)
+        return torch.cat(sums, 2).sum((0, 1)) / each
 
 
 class _RowEvidence:
@@ -142,7 +146,7 @@ class _RowEvidence:
         self.ones = ones
         self.alive = row.alive
         self.count = 0
-        self.sums: list[Tensor] = []
+        self.by_heads: list[Tensor] = []
         self.diagonals: list[Tensor] = []
         self.queried: list[Tensor] = []
         self.tiles: list[Tensor] = []
@@ -156,7 +160,7 @@ class _RowEvidence:
         if asking is None or asking.start == 0:
             self.count += probabilities.shape[0]
         if wanted.mass:
-            self._add(self.sums, _column_sum(probabilities, _some(self.alive, asking), self.ones))
+            self.by_heads.append(_column_sums(probabilities, _some(self.alive, asking), self.ones))
         if wanted.diagonal:
             own = probabilities.diagonal(0 if asking is None else asking.start, dim1=1, dim2=2).sum(0)
             if asking is not None:
@@ -193,13 +197,14 @@ class _RowEvidence:
         queries = torch.stack([1 - in_second, in_second])
         return queries if self.alive is None else queries * self.alive.to(dtype)
 
-    def total(self) -> Tensor:
-        """[n], what each token receives from every head and query together."""
-        return self.sums[0]
+    def sums(self) -> Tensor:
+        """[h, 1, n], what each token receives from queries, by head or of several heads together."""
+        return self.by_heads[0] if len(self.by_heads) == 1 else torch.cat(self.by_heads).sum(0, keepdim=True)
 
     def summed(self) -> int | Tensor:
-        """How many distributions over the row's tokens the total is of."""
-        return (self.sums[0].shape[0] if self.alive is None else self.alive.sum()) * self.count
+        """How many distributions over the row's tokens these are the sums of."""
+        queries = self.by_heads[0].shape[2] if self.alive is None else self.alive.sum()
+        return queries * self.count
 
     def diagonal(self) -> Tensor:
         return self.diagonals[0] / self.count
@@ -218,20 +223,20 @@ def _some(values: Tensor | None, asking: slice | None) -> Tensor | None:
     return values if values is None or asking is None else values[..., asking]
 
 
-def _column_sum(probabilities: Tensor, alive: Tensor | None, ones: Tensor | None) -> Tensor:
-    """[n], the sum over heads and living queries of [h, m, n] float32. alive: [m]. ones: at least h * m of them."""
+def _column_sums(probabilities: Tensor, alive: Tensor | None, ones: Tensor | None) -> Tensor:
+    """[h or 1, 1, n], the sums over living queries of [h, m, n] float32. alive: [m]. ones: at least h * m of them."""
     if alive is None and being_exported():  # where each step is an operator to call, one
-        return probabilities.sum((0, 1))
+        return probabilities.sum((0, 1), keepdim=True)
     heads, queries, _ = probabilities.shape
     weights = probabilities.new_ones(heads * queries) if ones is None else ones[: heads * queries]
     weights = weights.view(heads, 1, queries)
     if alive is not None:
         weights = weights * alive.to(weights.dtype)
     if torch.is_autocast_enabled(probabilities.device.type):  # which would round what a product sums
-        return (probabilities * weights.transpose(1, 2)).sum((0, 1))
+        return (probabilities * weights.transpose(1, 2)).sum((0, 1), keepdim=True)
     # Head by head, as the products before and after it, so that each thread reads what it has just written: one matrix-vector
     # product over all heads and queries would fetch half of it from another core's cache, twice.
-    return torch.bmm(weights, probabilities).sum((0, 1))
+    return torch.bmm(weights, probabilities)
 
 
 def _segment_sums(probabilities: Tensor, queries: Tensor) -> Tensor:

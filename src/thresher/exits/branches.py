@@ -81,7 +81,9 @@ class AttentiveBranch(nn.Module):
         narrow = tokens.with_hidden(self.narrow(tokens.hidden.unsqueeze(0)).squeeze(0))
         first = first_states(narrow)
         if applies(first, self.query.weight):
-            maps = self._joined.of(tuple(p for linear in self._between for p in linear.parameters()), self._join)
+            maps = self._joined.of(
+                tuple(p for linear in self._between for p in (linear.weight, linear.bias)), self._join
+            )
             to_sought, sought_bias, to_pooled, pooled_bias = maps
             sought = F.linear(first, to_sought, sought_bias).unflatten(1, (self.heads, -1))
             pooled = F.linear(self._weighted_sums(sought, narrow).flatten(1), to_pooled, pooled_bias).tanh()

@@ -13,6 +13,7 @@ from thresher.engine import keep_everything
 from thresher.errors import DataError, OptionError
 from thresher.measure.flops import speedup
 from thresher.model import attachment_of, evaluating, find_encoder, is_attached
+from thresher.padding import padded
 from thresher.policy import Trace, tracing
 from thresher.settings import is_whole
 from thresher.targets import check_tokens
@@ -64,13 +65,11 @@ def collate(
 ) -> dict[str, torch.Tensor]:
     """The rows at `index` as padded tensors [B, N] of the model's inputs."""
     picked = rows[index]
-    width = max(len(ids) for ids in picked["input_ids"])
-    out = {}
-    for name in MODEL_INPUTS:
-        if name in picked:
-            fill = pad_id if name == "input_ids" else 0
-            out[name] = torch.tensor([r + [fill] * (width - len(r)) for r in picked[name]], device=device)
-    return out
+    return {
+        name: padded(picked[name], pad_id if name == "input_ids" else 0).to(device)
+        for name in MODEL_INPUTS
+        if name in picked
+    }
 
 
 def prepared(model: Any, rows: datasets.Dataset, batch_size: int | None = None) -> Iterator[Batch]:

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
 from thresher.errors import DataError, OptionError, ThresherError
+from thresher.padding import padded
 from thresher.pairs.losses import NO_TOKEN, PairLearner, PairLoss
-from thresher.pairs.reading import padded
 from thresher.pairs.scorer import Scorer
 from thresher.settings import is_number, is_whole
 from thresher.tasks.pairs import Pairs, pairs

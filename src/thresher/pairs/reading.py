@@ -17,6 +17,7 @@ from thresher.backbones.general import takes_types
 from thresher.backbones.opened import OpenedLayer
 from thresher.engine import keep_everything
 from thresher.model import attachment_of
+from thresher.padding import padded
 from thresher.policy import Trace, tracing
 
 
@@ -208,12 +209,6 @@ def _inputs(
         if "token_type_ids" in inputs:
             inputs["token_type_ids"] = torch.cat([torch.zeros_like(before), inputs["token_type_ids"]], 1)
     return {**inputs, "attention_mask": mask}, mask.bool().to(encoder.device)
-
-
-def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    """[B, N] int64"""
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
 
 
 def by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
