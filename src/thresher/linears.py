@@ -41,8 +41,6 @@ def _count_step(*_: object) -> None:
 
 register_optimizer_step_post_hook(_count_step)
 
-# Below this many tokens a product is a stream over the weight, and laying it out gains nothing.
-FEW_TOKENS = 8
 SAMPLED = 8  # rows and columns of a weight whose values tell of a change that nothing else tells of
 # The product that tells how fast MKL is here, and how much slower it has to be.
 PROBED, MUCH = 256, 1.4
@@ -107,7 +105,7 @@ class FastLinear:
                 self._copy.forget()  # what learns is about to change, by whatever optimizer
         elif self.precision == "int8":
             return self._after(torch.ops.quantized.linear_dynamic(x, self._packed(), not has_int8_instructions()))
-        elif x.numel() >= FEW_TOKENS * linear.in_features:
+        else:
             then = "tanh" if self.tanh else "none"
             return torch.ops.mkldnn._linear_pointwise(x, self._packed(), linear.bias, then, [], "")  # type: ignore[no-any-return]
         return self._after(F.linear(x, linear.weight, linear.bias))
