@@ -154,12 +154,15 @@ class Freezing(Leaving):
         if frozen is None:
             frozen = torch.zeros_like(layout.protected)
             active = torch.arange(len(layout.positions), device=layout.flat.device)
+        elif self.asking is not None:
+            active = self.asking.index
         else:
             active = torch.nonzero_static(~frozen, size=sum(self.active or ())).squeeze(1)
         said = exit.speak(layer, tokens.hidden[active])
         stops, self._remembered = exit.freeze(said.detach(), layout, active, self._remembered)
         frozen = frozen.index_copy(0, active, stops)
-        counts: list[int] = layout.count(~frozen).tolist()  # the one time that freezing makes the host wait
+        # The one time that freezing makes the host wait.
+        counts: list[int] = [len(active) - int(stops.sum())] if layout.single else layout.count(~frozen).tolist()
         stopped = len(active) - sum(counts)
         if not stopped:
             return tokens
