@@ -138,6 +138,18 @@ def test_gradients_and_other_dtypes_take_torchs_way(precision: Any) -> None:
         assert torch.equal(FastLinear(half, precision)(y), half(y))
 
 
+def test_a_bias_that_learns_alone_gets_its_gradient() -> None:
+    linear, branch = nn.Linear(8, 8), AttentiveBranch(8, 8, 2, 2)
+    for one in (linear, branch):
+        one.requires_grad_(False)
+    linear.bias.requires_grad_()
+    FastLinear(linear, "float32")(torch.randn(9, 8)).sum().backward()
+    branch.value.bias.requires_grad_()
+    branch(PackedTokens.pack(torch.randn(2, 5, 8))).sum().backward()
+    assert linear.bias.grad is not None
+    assert branch.value.bias.grad is not None
+
+
 def test_only_passes_are_fast_and_detaching_restores() -> None:
     model = make("bert")
     plain = copy.deepcopy(model)

@@ -96,7 +96,9 @@ class Gathered:
         self.rows: list[_RowEvidence] = []
         self.tiles: Tensor | None = None
         # Short rows are many: what each would make for itself is made once.
-        self.ones = None if sizes is None else query.new_ones(len(query) * max(sizes), dtype=torch.float32)
+        self.ones: Tensor | None = None
+        if wanted.mass and sizes is not None:
+            self.ones = query.new_ones(len(query) * max(sizes), dtype=torch.float32)
         if wanted.block and sizes is not None:
             self.counts = [-(-n // wanted.block) for n in sizes]
             shape = (sum(self.counts), len(query), wanted.block, wanted.block)
@@ -198,7 +200,7 @@ class _RowEvidence:
         return queries if self.alive is None else queries * self.alive.to(dtype)
 
     def sums(self) -> Tensor:
-        """[h, 1, n], what each token receives from queries, by head or of several heads together."""
+        """[h, m, n], what each token receives, by head or of several heads together; m is 1 outside an exported graph."""
         return self.by_heads[0] if len(self.by_heads) == 1 else torch.cat(self.by_heads).sum(0, keepdim=True)
 
     def summed(self) -> int | Tensor:
@@ -224,9 +226,10 @@ def _some(values: Tensor | None, asking: slice | None) -> Tensor | None:
 
 
 def _column_sums(probabilities: Tensor, alive: Tensor | None, ones: Tensor | None) -> Tensor:
-    """[h or 1, 1, n], the sums over living queries of [h, m, n] float32. alive: [m]. ones: at least h * m of them."""
-    if alive is None and being_exported():  # where each step is an operator to call, one
-        return probabilities.sum((0, 1), keepdim=True)
+    """[h or 1, 1, n], the sums over living queries of [h, m, n] float32. alive: [m]. ones: at least h * m of them.
+    In an exported graph, where each step is an operator to call, what is to be summed, as it is."""
+    if alive is None and being_exported():
+        return probabilities
     heads, queries, _ = probabilities.shape
     weights = probabilities.new_ones(heads * queries) if ones is None else ones[: heads * queries]
     weights = weights.view(heads, 1, queries)

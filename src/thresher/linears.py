@@ -100,7 +100,7 @@ class FastLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """x: [..., in] → [..., out]."""
         linear = self.linear
-        if not applies(x, linear.weight):
+        if not applies(x, linear.weight, linear.bias):
             if torch.is_grad_enabled():
                 self._copy.forget()  # what learns is about to change, by whatever optimizer
         elif self.precision == "int8":
@@ -120,15 +120,13 @@ class FastLinear:
         return self._copy.of(parameters, lambda: make(weight.detach(), bias))
 
 
-def applies(x: Tensor, weight: Tensor) -> bool:
-    """Whether what is derived from a weight may stand for it in a product with x: float32 on the CPU, and nothing learns."""
+def applies(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether what is derived from these may stand for them in a product with x: float32 on the CPU, and nothing learns."""
+    given = [x, *(p for p in parameters if p is not None)]
     return (
-        x.dtype is torch.float32
-        and weight.dtype is torch.float32
-        and not x.is_cuda
-        and weight.device.type == "cpu"
+        all(one.dtype is torch.float32 and one.is_cpu for one in given)
         and x.numel() > 0
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not (torch.is_grad_enabled() and any(one.requires_grad for one in given))
         and not torch.is_autocast_enabled("cpu")
         and not being_exported()
         and fast_kernels()

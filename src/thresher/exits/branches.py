@@ -80,11 +80,9 @@ class AttentiveBranch(nn.Module):
         # The leading axis tells an exported graph that this one map is of all tokens, and is to be int8 with the layers' own.
         narrow = tokens.with_hidden(self.narrow(tokens.hidden.unsqueeze(0)).squeeze(0))
         first = first_states(narrow)
-        if applies(first, self.query.weight):
-            maps = self._joined.of(
-                tuple(p for linear in self._between for p in (linear.weight, linear.bias)), self._join
-            )
-            to_sought, sought_bias, to_pooled, pooled_bias = maps
+        between = tuple(p for linear in self._between for p in (linear.weight, linear.bias))
+        if applies(first, *between):
+            to_sought, sought_bias, to_pooled, pooled_bias = self._joined.of(between, self._join)
             sought = F.linear(first, to_sought, sought_bias).unflatten(1, (self.heads, -1))
             pooled = F.linear(self._weighted_sums(sought, narrow).flatten(1), to_pooled, pooled_bias).tanh()
             return self.classify(pooled)  # type: ignore[no-any-return]
