@@ -17,10 +17,9 @@ from transformers import AutoModel
 
 import thresher
 from records import record
-from speed import random_batch
+from speed import of_this_processor, random_batch
 from starts import minilm
 from thresher.evidence import NOTHING, Wanted
-from thresher.linears import mkl_is_slow
 from thresher.measure.latency import paired, ratio
 from thresher.policy import Policy, PolicyConfig
 
@@ -42,7 +41,6 @@ def evidence(rounds: int, write) -> None:
     model = thresher.attach(AutoModel.from_pretrained(minilm()).eval())
     attachment = model.thresher_attachment
     reads = Reads(PolicyConfig(), attachment.engine.entrance.geometry)
-    kind, where = ("", "") if mkl_is_slow() else ("-fast-mkl", "; where MKL is fast")  # another kind of processor
     attachment.policy = attachment.engine.policy = reads
     for rows, tokens in ((8, 384), (1, 384), (32, 128), (1, 128)):
         batch = random_batch(rows, tokens)
@@ -56,9 +54,9 @@ def evidence(rounds: int, write) -> None:
             timings = paired(ways, rounds=rounds, warmup=3)
         for name in WANTED:
             cost = ratio(timings[name], timings["nothing"])
-            write(f"evidence-{name}-{rows}x{tokens}{kind}",
-                  f"share of the encoder's time that {name} as evidence adds{where}",
-                  cost.median - 1, "share", TARGETS.get((name, tokens)), "packed, no evidence",
+            what = f"share of the encoder's time that {name} as evidence adds"
+            write(*of_this_processor(f"evidence-{name}-{rows}x{tokens}", what), cost.median - 1, "share",
+                  TARGETS.get((name, tokens)), "packed, no evidence",
                   [round(cost.low - 1, 4), round(cost.high - 1, 4)], f"from all six layers; {rounds} rounds")  # fmt: skip
 
 

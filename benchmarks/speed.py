@@ -41,6 +41,11 @@ def imdb_batches(data_dir: Path, batches: int) -> list[dict[str, torch.Tensor]]:
     ]
 
 
+def of_this_processor(id: str, what: str) -> tuple[str, str]:
+    """A record's id and what it is: figures of a processor on which MKL is fast stand beside the others."""
+    return (id, what) if mkl_is_slow() else (f"{id}-fast-mkl", f"{what}; where MKL is fast")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path)
@@ -55,8 +60,7 @@ def main() -> None:
     def write(
         id: str, what: str, spread, target: str | None, baseline: str, scale: float = 1.0, note: str = ""
     ) -> None:
-        if not mkl_is_slow():  # another kind of processor: its figures stand beside the others
-            id, what = f"{id}-fast-mkl", f"{what}; where MKL is fast"
+        id, what = of_this_processor(id, what)
         value = spread.median * scale
         print(
             f"{id:32} {value:.3f}  (quartiles {spread.low * scale:.3f}-{spread.high * scale:.3f}; target {target})",

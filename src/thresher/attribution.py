@@ -19,6 +19,7 @@ from thresher.errors import DataError, OptionError, nearest
 from thresher.measure.run import batches, collate
 from thresher.methods.adapler import CONTRIBUTIONS, PLACES, AdapLeRPolicy
 from thresher.model import attachment_of, detach, evaluating, find_encoder, is_attached
+from thresher.padding import padded
 from thresher.policy import tracing
 from thresher.settings import is_whole
 from thresher.targets import IGNORED, LABELS, check_labels, check_tokens
@@ -149,7 +150,7 @@ def _batches(
             sizes = torch.tensor([len(ids) for ids in picked["input_ids"]], device=encoder.device)
             inputs["attention_mask"] = (torch.arange(width, device=encoder.device) < sizes.unsqueeze(1)).long()
         labels = {
-            name: torch.tensor(_padded(picked[name], width) if tags else picked[name], device=encoder.device)
+            name: (padded(picked[name], IGNORED, width) if tags else torch.tensor(picked[name])).to(encoder.device)
             for name in known
         }
         yield index, inputs, labels
@@ -165,11 +166,6 @@ def _check_batch(encoder: Any, batch: Mapping[str, Tensor]) -> None:
     columns = {name: value.tolist() for name, value in batch.items() if name in (*LABELS, "input_ids")}
     check_tokens(encoder, columns)
     check_labels(encoder, columns)
-
-
-def _padded(labels: Sequence[Any], width: int) -> list[Any]:
-    """Labels of tokens, all rows of one width."""
-    return [[*row, *[IGNORED] * (width - len(row))] for row in labels]
 
 
 # --- gradients ----------------------------------------------------------------------------------------------------

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 
-def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    """[B, N] int64, `fill` behind what is shorter than the longest row."""
+def padded(rows: Sequence[Sequence[int]], fill: int, width: int | None = None) -> Tensor:
+    """[B, N] int64, `fill` behind what is shorter. width: N; None: of the longest row."""
     # torch.tensor reads nested lists number by number, ten times as slowly: of short rows that is felt beside a forward pass.
-    out = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
+    out = np.full((len(rows), width or max(map(len, rows))), fill, dtype=np.int64)
     for place, row in zip(out, rows, strict=True):
         place[: len(row)] = row
     return torch.from_numpy(out)

@@ -65,8 +65,9 @@ def collate(
 ) -> dict[str, torch.Tensor]:
     """The rows at `index` as padded tensors [B, N] of the model's inputs."""
     picked = rows[index]
+    width = max(map(len, picked["input_ids"]))
     return {
-        name: padded(picked[name], pad_id if name == "input_ids" else 0).to(device)
+        name: padded(picked[name], pad_id if name == "input_ids" else 0, width).to(device)
         for name in MODEL_INPUTS
         if name in picked
     }
