@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import thresher.attention as attention
+from thresher import cpu
 from thresher.attention import attend
 from thresher.evidence import Wanted
 from thresher.packed import PackedTokens
@@ -130,9 +131,9 @@ def test_context_is_dense_attention_row_by_row(
 
 
 def test_every_branch_of_the_kernel_choice_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the parametrisation above: it covers the equal-length and the row-by-row path."""
-    seen = []
-    for name in ("_equal_lengths", "_row_by_row"):
+    """Guards the parametrisations: they cover rows of equal length, rows one by one, and short rows at once."""
+    seen: list[str] = []
+    for name in ("_equal_lengths", "_row_by_row", "_at_once"):
         original = getattr(attention, name)
 
         def spy(*args: Any, original: Any = original, name: str = name) -> Any:
@@ -140,10 +141,45 @@ def test_every_branch_of_the_kernel_choice_is_reached(monkeypatch: pytest.Monkey
             return original(*args)
 
         monkeypatch.setattr(attention, name, spy)
-    for lengths, wanted in ((EQUAL, Wanted()), (RAGGED, Wanted()), (RAGGED, Wanted(block=4))):
-        tokens = packed(lengths)
-        attend(*qkv(tokens), tokens, wanted=wanted)
-    assert seen == ["_equal_lengths", "_row_by_row", "_row_by_row"]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+    def ways(slow: bool) -> list[str]:
+        seen.clear()
+        monkeypatch.setattr(cpu, "mkl_is_slow", lambda: slow)
+        for tokens, wanted in (
+            (packed(EQUAL), Wanted()),
+            (packed(RAGGED), Wanted()),
+            (packed(RAGGED), Wanted(block=4)),
+            (weighted(packed(RAGGED)), Wanted(mass=True)),
+        ):
+            attend(*qkv(tokens), tokens, wanted=wanted)
+        return seen
+
+    assert ways(slow=True) == ["_equal_lengths", "_row_by_row", "_at_once", "_row_by_row"]
+    assert ways(slow=False) == ["_at_once", "_at_once", "_at_once", "_row_by_row"]
+
+
+@pytest.mark.parametrize("simulated", [False, True], ids=["packed", "simulated"])
+@pytest.mark.parametrize(
+    "wanted",
+    [Wanted(), Wanted(mass=True), Wanted(mass=True, diagonal=True, by_segment=True, block=4), Wanted(block=4)],
+    ids=["nothing", "mass", "everything", "blocks"],
+)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_short_rows_at_once_are_dense_attention(
+    lengths: Sequence[int], wanted: Wanted, simulated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = packed(lengths, simulated=simulated)
+    q, k, v = qkv(tokens, seed=2)
+    context, evidence = attention._at_once(q, k, v, tokens, 0.3, wanted)
+    expected, maps = naive(q, k, v, tokens, scale=0.3)
+    close(context, expected)
+    by_loops = evidence_by_loops(maps, tokens, 4)
+    for name in ("mass", "diagonal", "by_segment", "blocks"):
+        found, asked = getattr(evidence, name), getattr(wanted, "block" if name == "blocks" else name)
+        assert (found is not None) == bool(asked)
+        if asked:
+            close(found, by_loops[name])
 
 
 @pytest.mark.parametrize("weights", [False, True], ids=["plain", "log_weight"])
@@ -155,8 +191,6 @@ def test_a_few_heads_at_a_time_is_the_same(
 ) -> None:
     """Long rows on the CPU take a way of their own, with gaps, weights and dead tokens; without evidence where torch's own
     products are slow."""
-    from thresher import cpu
-
     tokens = packed((230, 7, 460), gaps=2)
     tokens = weighted(tokens) if weights else tokens
     q, k, v = qkv(tokens)
@@ -165,7 +199,8 @@ def test_a_few_heads_at_a_time_is_the_same(
     original = cpu.attend_by_head
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(cpu, "mkl_is_slow", lambda: slow)
-    bare_too = {1: [460], 2: [230, 460]}.get(threads, []) if slow else []
+    bare_too = ({1: [460], 2: [230, 460]} if slow else {1: [7], 2: [230, 7]}).get(threads, [])
+    monkeypatch.setattr(attention, "all_at_once", lambda *_, **__: False)
     monkeypatch.setattr(
         attention,
         "attend_by_head",
@@ -192,7 +227,7 @@ def test_some_queries_at_a_time_is_the_same(
     alone: bool, some: int, window: int | None, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of rows twice as long as that; no diagonal block is divided."""
-    from thresher import cpu, evidence
+    from thresher import evidence
 
     tokens = packed((230, 7, 460), gaps=2, simulated=weights == "simulated")
     tokens = weighted(tokens) if weights == "log_weight" else halved(tokens) if weights == "simulated" else tokens

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thresher import bands, cuda
-from thresher.cpu import attend_by_head, heads_apart, learns_from_probabilities, memory_for
-from thresher.evidence import NO_EVIDENCE, NOTHING, Evidence, Gathered, Row, Wanted, join_rows
+from thresher.cpu import all_at_once, attend_at_once, attend_by_head, heads_apart, learns_from_probabilities, memory_for
+from thresher.evidence import NO_EVIDENCE, NOTHING, Evidence, Gathered, Row, Wanted, join_rows, rows_of
 from thresher.packed import Layout, PackedTokens, being_exported, on_cuda
 
 PositionBias = Callable[[Tensor], Tensor]  # original positions [..., n] → [..., H, n, n]
@@ -47,6 +47,9 @@ def attend(
         if bands.pays(layout.sizes, window, cost=bands.LEARNED if rounded else bands.READ if wanted else 1.0):
             return _in_bands(query, key, value, tokens, scale, dropout, window, wanted, rounded)
     plain = tokens.log_weight is None and window is None and position_bias is None
+    kept = wanted.full or dropout or being_exported() or _learn(query, key, value)
+    if plain and not kept and all_at_once(query, max(layout.sizes), probabilities=bool(wanted)):
+        return _at_once(query, key, value, tokens, scale, wanted)
     alike = len(set(layout.sizes)) == 1
     if plain and not wanted and alike and not _by_probabilities(query, key, value, layout.sizes[0]):
         return _equal_lengths(query, key, value, layout, scale, dropout), NO_EVIDENCE
@@ -151,6 +154,17 @@ def _equal_lengths(query: Tensor, key: Tensor, value: Tensor, layout: Layout, sc
     return out.transpose(1, 2).reshape(total, heads, dim)
 
 
+def _at_once(
+    query: Tensor, key: Tensor, value: Tensor, tokens: PackedTokens, scale: float, wanted: Wanted
+) -> tuple[Tensor, Evidence]:
+    sizes = tokens.layout.sizes
+    gathered = Gathered(wanted, query, sizes)
+    reads = gathered.of_whole(tokens) if wanted else [None] * len(sizes)
+    context = query.new_empty(query.shape[1], len(query), value.shape[-1])
+    attend_at_once(query, key, value, sizes, scale, context, reads)
+    return context, gathered.evidence()
+
+
 def _row_by_row(
     query: Tensor,
     key: Tensor,
@@ -205,15 +219,7 @@ def _rows(
         return
     sizes = layout.sizes
     parts = (query.split(sizes, 1), key.split(sizes, 1), value.split(sizes, 1))
-    nothing = [None] * len(sizes)
-    about = (
-        layout.positions.split(sizes),
-        layout.segments.split(sizes),
-        nothing if tokens.log_weight is None else tokens.log_weight.split(sizes),
-        nothing if tokens.alive is None else tokens.alive.split(sizes),
-    )
-    for q, k, v, *row in zip(*parts, *about, strict=True):
-        yield q, k, v, Row(*row)
+    yield from zip(*parts, rows_of(tokens), strict=True)
 
 
 def _materialised(

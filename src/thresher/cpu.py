@@ -20,6 +20,7 @@ from thresher.linears import fast_kernels, mkl_is_slow
 # no batched one to offer, so that many threads have too little to share.
 ALONE_FROM = {1: 208, 2: 352}
 PLAIN_FROM = {1: 240, 2: 48}  # from here on the flash kernel is slower even where nobody asks for probabilities
+PLAIN_TO = {1: 64, 2: 256}  # and where MKL is fast, up to here
 # Probabilities at a time, 1 MB; and 4 where MKL is fast, so that threads wait less often for each other.
 TOGETHER, MORE = 2**18, 2**20
 # By threads: tokens of a row whose map is too large for the caches, so that some queries are done at a time, and how many.
@@ -32,7 +33,8 @@ def heads_apart(query: Tensor, n: int, *, probabilities: bool) -> bool:
     """Whether `attend_by_head` is the fastest way for a row of n tokens. query: any tensor of the call."""
     if query.device.type != "cpu" or query.dtype is not torch.float32 or not fast_kernels():
         return False
-    return probabilities or (n >= PLAIN_FROM.get(torch.get_num_threads(), n + 1) and mkl_is_slow())
+    threads = torch.get_num_threads()
+    return probabilities or (n >= PLAIN_FROM.get(threads, n + 1) if mkl_is_slow() else n <= PLAIN_TO.get(threads, 0))
 
 
 def learns_from_probabilities(query: Tensor, n: int) -> bool:
@@ -45,6 +47,44 @@ def memory_for(query: Tensor, sizes: Sequence[int], unit: int = 1) -> tuple[Tens
     """What `attend_by_head` works in, for rows of these sizes one after the other. query: [H, ..., d]."""
     size = max(_together(len(query), n) * n * _at_a_time(n, unit) for n in sizes)
     return query.new_empty(size), query.new_empty(size)
+
+
+def all_at_once(query: Tensor, n: int, *, probabilities: bool) -> bool:
+    """Whether `attend_at_once` is the fastest way for rows of up to n tokens. query: [H, ..., d]."""
+    whole = _together(len(query), n) >= len(query) and _at_a_time(n, n) == n
+    return whole and heads_apart(query, n, probabilities=probabilities)
+
+
+def attend_at_once(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sizes: Sequence[int],
+    scale: float,
+    out: Tensor,
+    on_heads: Sequence[Callable[[Tensor], object] | None],
+) -> None:
+    """The attention of rows so short that what is not a product counts: all heads and queries at once, nothing added to the
+    logits, no gradients.
+
+    query, key, value: [H, T, d] float32. sizes: the rows' lengths, T together. out: [T, H, d], where the context goes.
+    on_heads: for each row, called with its probabilities [H, n, n]; it may read but not keep them.
+    """
+    heads, sizes = len(query), list(sizes)
+    memory = query.new_empty(2, heads, max(sizes) ** 2)
+    maps: dict[int, list[Tensor]] = {}
+    keys, places = key.transpose(1, 2).split(sizes, 2), out.transpose(0, 1).split(sizes, 1)
+    for n, q, k, v, place, read in zip(
+        sizes, query.split(sizes, 1), keys, value.split(sizes, 1), places, on_heads, strict=True
+    ):
+        if n not in maps:
+            maps[n] = [part.flatten()[: heads * n * n].view(heads, n, n) for part in memory]
+        logits, probabilities = maps[n]
+        torch.baddbmm(logits, q, k, beta=0, alpha=scale, out=logits)
+        torch.softmax(logits, -1, out=probabilities)
+        if read is not None:
+            read(probabilities)
+        place.copy_(torch.bmm(probabilities, v))
 
 
 def attend_by_head(
@@ -71,7 +111,6 @@ def attend_by_head(
     if _alone(n):
         multiply = _one_head
         query, key, columns = query.contiguous(), key.contiguous(), columns.contiguous()
-    whole = together >= heads and step >= n  # short rows, where a slice costs as much as a product
     for start in range(0, heads, together):
         some = slice(start, min(start + together, heads))
         here = some.stop - start
@@ -79,15 +118,14 @@ def attend_by_head(
             asking = slice(first, min(first + step, n))
             size = here * (asking.stop - first) * n
             logits, probabilities = (part[:size].view(here, -1, n) for part in memory)
-            q, k, v = (query, key, columns) if whole else (query[some, asking], key[some], columns[some])
-            found = multiply(q, k, logits, scale)
+            found = multiply(query[some, asking], key[some], logits, scale)
             if bias is not None:
                 by_head = bias[some] if len(bias) > 1 else bias
                 found += by_head[:, asking] if bias.shape[1] > 1 else by_head
             weights = torch.softmax(found, -1, out=probabilities)
             if on_heads is not None:
                 on_heads(weights, asking if step < n else None)
-            (out if whole else out[some, asking]).copy_(multiply(weights, v))
+            out[some, asking].copy_(multiply(weights, columns[some]))
 
 
 def _at_a_time(n: int, unit: int) -> int:
@@ -125,4 +163,4 @@ def _one_head(x: Tensor, y: Tensor, out: Tensor | None = None, scale: float = 1.
     return found.unsqueeze(0)
 
 
-__all__ = ["attend_by_head", "heads_apart", "learns_from_probabilities", "memory_for"]
+__all__ = ["all_at_once", "attend_at_once", "attend_by_head", "heads_apart", "learns_from_probabilities", "memory_for"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +88,13 @@ class Row:
     alive: Tensor | None
 
 
+def rows_of(tokens: PackedTokens) -> list[Row]:
+    layout = tokens.layout
+    parts = (layout.positions, layout.segments, tokens.log_weight, tokens.alive)
+    split = [[None] * len(layout.sizes) if part is None else part.split(layout.sizes) for part in parts]
+    return [Row(*row) for row in zip(*split, strict=True)]
+
+
 class Gathered:
     """Collects one layer's evidence row by row."""
 
@@ -94,6 +102,7 @@ class Gathered:
         """query: [H, T, d]. sizes: of the rows, when nothing learns, and blocks are written where they will stay."""
         self.wanted = wanted
         self.rows: list[_RowEvidence] = []
+        self.sums: list[Tensor] = []
         self.tiles: Tensor | None = None
         # Short rows are many: what each would make for itself is made once.
         self.ones: Tensor | None = None
@@ -104,6 +113,18 @@ class Gathered:
             shape = (sum(self.counts), len(query), wanted.block, wanted.block)
             self.tiles = torch.empty(shape, dtype=torch.float32, device=query.device)
             self.places = self.tiles.split(self.counts)
+
+    def of_whole(self, tokens: PackedTokens) -> list[Callable[[Tensor], None]]:
+        """For each row what is to be called with its probabilities [H, n, n], none of which is needed for gradients."""
+        wanted = self.wanted
+        if wanted.mass and not (wanted.diagonal or wanted.by_segment or wanted.block) and tokens.alive is None:
+            return [self._sum] * len(tokens.layout.sizes)
+        return [self.row(row).heads for row in rows_of(tokens)]
+
+    def _sum(self, probabilities: Tensor) -> None:
+        mark("attention")
+        self.sums.append(_column_sums(probabilities, None, self.ones))
+        mark("evidence")
 
     def row(self, row: Row) -> _RowEvidence:
         place = None if self.tiles is None else self.places[len(self.rows)]
@@ -126,16 +147,23 @@ class Gathered:
 
     def _mass(self) -> Tensor:
         rows = self.rows
+        if self.sums:
+            each = [one.shape[0] * one.shape[2] for one in self.sums]
+            return torch.cat(self.sums, 2).sum((0, 1)) / _repeated(each, self.sums)
         # Summed over heads and divided once for all rows: of short ones each step of each row counts.
         if len(rows) == 1 or any(row.alive is not None for row in rows):
             return join_rows([row.sums().sum((0, 1)) / row.summed() for row in rows])
         sums = [row.sums() for row in rows]
         if len({len(one) for one in sums}) > 1:
             sums = [one.sum(0, keepdim=True) for one in sums]
-        sizes = torch.tensor([one.shape[2] for one in sums])
-        summed = torch.tensor([row.summed() for row in rows], dtype=sums[0].dtype)
-        each = summed.repeat_interleave(sizes, output_size=int(sizes.sum())).to(sums[0].device)
-        return torch.cat(sums, 2).sum((0, 1)) / each
+        return torch.cat(sums, 2).sum((0, 1)) / _repeated([row.summed() for row in rows], sums)
+
+
+def _repeated(values: Sequence[int | Tensor], sums: list[Tensor]) -> Tensor:
+    """[T], a row's value for each of its tokens. sums: of each row, [h, 1, n]."""
+    sizes = torch.tensor([one.shape[2] for one in sums])
+    each = torch.tensor(values, dtype=sums[0].dtype)
+    return each.repeat_interleave(sizes, output_size=int(sizes.sum())).to(sums[0].device)
 
 
 class _RowEvidence:
