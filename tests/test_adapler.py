@@ -6,7 +6,7 @@ import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -386,7 +386,7 @@ def test_steepness_follows_the_epochs_also_when_a_run_goes_on(tmp_path: Path) ->
 @pytest.mark.parametrize("rate", [1e-3, None])
 def test_predictors_decay_with_the_model_and_have_a_rate_of_their_own(tmp_path: Path, rate: float | None) -> None:
     model = attached()
-    (own,) = policy_of(model).stages()
+    own = policy_of(model).stages()[0]
     assert own.predictor_learning_rate == 1e-3
     stage = replace(own, predictor_learning_rate=rate)
     learner = Learner(model, stage)
@@ -399,6 +399,46 @@ def test_predictors_decay_with_the_model_and_have_a_rate_of_their_own(tmp_path: 
     assert of[id(policy.predictors[0][0].weight)] == (rate or 3e-5, 0.01)
     assert of[id(policy.predictors[0][0].bias)] == (rate or 3e-5, 0.0)
     assert (stage.epochs, stage.batch_size, stage.warmup) == (5, 32, 0.06)
+
+
+def test_the_hard_stage_drops_at_the_speedup_that_is_asked_for(tmp_path: Path) -> None:
+    rows = dataset(24, low=12)
+
+    class Strengths(TrainerCallback):
+        seen: ClassVar[list[tuple[str, float, list[Tensor]]]] = []
+        teachers: ClassVar[list[Any]] = []
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
+            policy = model.policy
+            learned = [p.detach().clone() for p in policy.parameters()]
+            self.seen.append((policy.mode, policy.config.strength, learned))
+            self.teachers.append(model._teacher[0])
+
+    model = thresher.fit(
+        make("bert"), thresher.AdapLeR(threshold=0.9), rows, tokenizer(), tmp_path, validation=rows, speedup=1.6,
+        overrides={"epochs": 2.0, "batch_size": 12}, callbacks=[Strengths()], **QUICK,
+    )  # fmt: skip
+    modes = [mode for mode, _, _ in Strengths.seen]
+    assert modes == ["soft"] * 4 + ["hard"] * 4
+    soft, hard = Strengths.seen[:4], Strengths.seen[4:]
+    assert {strength for _, strength, _ in soft} == {1.0}
+    (strength,) = {strength for _, strength, _ in hard}
+    assert strength != 1.0  # set where it starts to drop, on the validation rows
+    # What the model said before anything faded is the lesson, not what the soft stage has made of it.
+    assert torch.equal(Strengths.teachers[-1].classifier.weight, make("bert").classifier.weight)
+    assert not torch.equal(model.classifier.weight, make("bert").classifier.weight)
+    # What decides is learned before; now the model learns to read what it leaves.
+    for ours, theirs in zip(hard[0][2], policy_of(model).parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert run(model, rows).speedup == pytest.approx(1.6, rel=0.02)
+
+
+def test_as_published_there_is_no_hard_stage() -> None:
+    assert [stage.name for stage in policy_of(attached(hard_stage=False)).stages()] == ["soft"]
+    assert [(stage.name, stage.mode) for stage in policy_of(attached()).stages()] == [
+        ("soft", "soft"),
+        ("hard", "hard"),
+    ]
 
 
 def test_thresholds_stay_in_their_bounds() -> None:
@@ -489,8 +529,8 @@ def test_the_fastest_epoch_within_a_point_is_kept(tmp_path: Path, monkeypatch: p
 
     fresh = make("bert")
     fitted = thresher.fit(
-        fresh, "adapler", rows, tokenizer(), tmp_path / "out", validation=rows, quality=lambda said: 0.80,
-        overrides={"soft.epochs": 3.0, "soft.learning_rate": 1e-2}, callbacks=[Note()], **QUICK,
+        fresh, thresher.AdapLeR(hard_stage=False), rows, tokenizer(), tmp_path / "out", validation=rows,
+        quality=lambda said: 0.80, overrides={"soft.epochs": 3.0, "soft.learning_rate": 1e-2}, callbacks=[Note()], **QUICK,
     )  # fmt: skip
     assert len(seen) == 3
     assert torch.equal(fitted.classifier.weight, seen[1])
@@ -625,7 +665,7 @@ def test_an_export_drops_and_counts_as_the_engine_does(runtime: Any, package: st
     "settings",
     [
         {"threshold": 0.0}, {"threshold": 1.5}, {"threshold": math.nan}, {"width": 0}, {"beta": -1.0}, {"gamma": math.nan},
-        {"phi": math.inf}, {"steepness": 0.0}, {"growth": 1.0}, {"growth": math.inf},
+        {"phi": math.inf}, {"steepness": 0.0}, {"growth": 1.0}, {"growth": math.inf}, {"hard_stage": 1},
     ],
     ids=str,
 )  # fmt: skip

@@ -164,14 +164,14 @@ def test_a_budget_that_a_method_cannot_be_trained_in_leaves_it_out_before_anythi
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = Trainings(monkeypatch)
-    with pytest.raises(OptionError, match="less than 3 epochs of one batch .* give at least 24"):
+    with pytest.raises(OptionError, match="less than 3 epochs of one batch .* give at least 48"):
         compared(tmp_path, methods=("random", "adapler"), passes=8, clock=None)
     assert seen.done == []
     everyone = contestants(("attention-mass", "adapler"))
     monkeypatch.setattr(import_module("thresher.comparing.recipe"), "contestants", lambda *_: everyone)
     found = compared(tmp_path, methods=None, passes=8, clock=None)
     assert seen.done == ["attention-mass/distil"]
-    assert "give at least 24, or smaller batches" in found.left_out["adapler"]
+    assert "give at least 48, or smaller batches" in found.left_out["adapler"]
 
 
 @pytest.mark.parametrize(
@@ -202,9 +202,9 @@ def test_a_short_budget_sharpens_adapler_on_fewer_rows(tmp_path: Path, monkeypat
         return real(model, policy, rows, *others, **options)
 
     monkeypatch.setattr(contest, "fit", noted)
-    found = compared(tmp_path, methods=("adapler",), passes=24, clock=None)
-    assert trained == [(8, [2.5])]  # of 24 rows; the trainer rounds the epochs up
-    assert found.passes == {"adapler": 24}
+    found = compared(tmp_path, methods=("adapler",), passes=48, clock=None)
+    assert trained == [(8, [2.5, 2.5])]  # of 24 rows; the trainer rounds the epochs up
+    assert found.passes == {"adapler": 48}
     assert {one.contestant for one in found.standings} == {"adapler"}
 
 

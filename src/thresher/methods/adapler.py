@@ -6,6 +6,10 @@ a negative number on the attention logits, steeper from epoch to epoch, until fa
 
 Two losses are minimised at once, each for its own parameters. Model and predictors learn the task and the saliency; the
 thresholds eta, and theta, the share of the first token in the saliency of deeper layers, learn the task and the length.
+
+After that, and beyond the paper, a hard stage: what is below the thresholds really drops, at the speedup that is asked for,
+and the model learns on without it. The paper finds a speed by the weight phi of the length, with thousands of steps in which
+thresholds move there; after fewer of them strength has to be turned up, and the model reads less than it ever learned to.
 """
 
 from __future__ import annotations
@@ -65,6 +69,8 @@ class AdapLeR(PolicyConfig):
         falls, is steepness * growth ** epoch; None: the paper's for 3, 5 or 10 epochs, else from 10 to 1e5.
     gamma: the weight of the predictors' distance to the saliency. phi: the weight of the length, the tokens read summed over
         layers: the larger, the shorter it reads.
+    hard_stage: whether the model learns on while tokens really drop, at the speedup that a fit is given (else as eta says);
+        False: the paper's soft stage alone.
     """
 
     method: ClassVar[str] = "adapler"
@@ -77,6 +83,7 @@ class AdapLeR(PolicyConfig):
     growth: float | None = None
     gamma: float = 5e-3
     phi: float = 5e-4
+    hard_stage: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -256,9 +263,9 @@ class AdapLeRPolicy(Policy[AdapLeR]):
             self.theta.clamp_(min=LEAST_SHARE)
 
     def stages(self) -> tuple[Stage, ...]:
-        """One, of the paper's settings but for the predictors' rate: at the model's they need the paper's ten thousand steps to
-        learn anything, at this one a few hundred."""
-        stage = Stage(
+        """The soft one has the paper's settings but for the predictors' rate: at the model's they need the paper's ten thousand
+        steps to learn anything, at this one a few hundred."""
+        soft = Stage(
             name="soft",
             mode="soft",
             epochs=EPOCHS,
@@ -268,7 +275,8 @@ class AdapLeRPolicy(Policy[AdapLeR]):
             batch_size=32,
             keeps="fastest",
         )
-        return (stage,)
+        hard = Stage(name="hard", mode="hard", epochs=EPOCHS, learning_rate=2e-5, distil_weight=1.0)
+        return (soft, hard) if self.config.hard_stage else (soft,)
 
     def overhead_flops(self, layer: int, n: int, entering: int | None = None) -> int:
         """The predictor's, over the tokens that come to the layer."""

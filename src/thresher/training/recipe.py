@@ -79,9 +79,9 @@ def fit(
     the end. With a method and an exit the method first meets its share, the root of the speedup or half of the loss, and the
     exit is then set so that both together meet the target; where the exit cannot, the method does the rest of a speedup.
     fine_tune: begin with ordinary fine-tuning, for a model whose head is new.
-    stages: instead of the method's own. overrides: settings for every stage ({"epochs": 2}) or one
-    ({"soft.learning_rate": 1e-4}). A run that was interrupted goes on where it stopped when called again with the same
-    directory; OptionError if it was called with other settings there.
+    stages: instead of the method's own; those that distil learn from the model that the method starts from. overrides: settings
+        for every stage ({"epochs": 2}) or one ({"soft.learning_rate": 1e-4}). A run that was interrupted goes on where it
+        stopped when called again with the same directory; OptionError if it was called with other settings there.
     search: for a method that searches retention configurations on `validation` (ASE before it trains under them,
         Length-Adaptive Transformer after): settings of `thresher.search`. The target then picks from the frontier.
     on_start: called once with the predictions on `validation` of the model that the method starts from (fine-tuned,
@@ -207,10 +207,11 @@ class _Run:
         """Train one stage, or take it over from an interrupted run."""
         done = self.work / f"{number}-{stage.name}" / "done"
         whole = (done / checkpoint.SETTINGS).is_file()  # written last: the stage was saved whole
-        if stage.distil_weight and self.teacher is None:  # also when this stage is done: later ones have it
-            self.teacher = stock_copy(self.model)
         if stage.name != FINE_TUNE.name:
             self._ask_the_start()
+            # Whichever stage distils, of the model that the method starts from, which a stage before it would have changed.
+            if self.teacher is None and any(one.distil_weight for one in self.plan if one.name != FINE_TUNE.name):
+                self.teacher = stock_copy(self.model)
         if stage.mode == "hard" and not stage.exits and self.searches == "before" and not stage.configurations:
             frontier = self._searched()
             frontier.at(self.share.speedup or 1.0)  # rather now than after hours of training
