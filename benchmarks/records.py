@@ -89,7 +89,7 @@ def record(
         "date": date.today().isoformat(),
         "note": note,
         **({"cell": cell} if cell else {}),
-        **({"shown": shown} if shown else {}),
+        **({"shown": shown} if shown is not None else {}),
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{file}.json"
