@@ -535,8 +535,36 @@ def test_the_fastest_epoch_within_a_point_is_kept(tmp_path: Path, monkeypatch: p
     assert len(seen) == 3
     assert torch.equal(fitted.classifier.weight, seen[1])
     assert not torch.equal(fitted.classifier.weight, seen[2])
-    assert attachment_of(fitted).notes["epoch"] == {"number": 2, "speedup": 2.5, "quality": 0.795}
+    noted = {"stage": "soft", "number": 2, "speedup": 2.5, "quality": 0.795}
+    assert attachment_of(fitted).notes["epoch"] == noted
     assert not (tmp_path / "out" / "training").exists()
+
+
+def test_the_epoch_that_is_noted_is_that_of_the_model_also_when_a_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the hard stage, which trains what the soft one has kept."""
+    worth = iter([(1.5, 0.80), (2.5, 0.795), (1.4, 0.80), (1.2, 0.81), (1.3, 0.80)])
+    monkeypatch.setattr(recipe._Run, "_worth", lambda self, mode: next(worth))
+    options: dict[str, Any] = {"quality": lambda said: 0.80, "overrides": {"epochs": 2.0}, **QUICK}
+    real, rows = recipe.by_one, dataset(16)
+
+    class Stop(Exception):
+        pass
+
+    def stopped(processes: Any, what: Any) -> None:
+        real(processes, what)
+        if (tmp_path / "out" / "training" / "2-hard" / "done").is_dir():
+            raise Stop
+
+    monkeypatch.setattr(recipe, "by_one", stopped)
+    with pytest.raises(Stop):
+        thresher.fit(make("bert"), "adapler", rows, tokenizer(), tmp_path / "out", validation=rows, **options)
+    monkeypatch.setattr(recipe, "by_one", real)
+    fitted = thresher.fit(make("bert"), "adapler", rows, tokenizer(), tmp_path / "out", validation=rows, **options)
+    noted = {"stage": "hard", "number": 1, "speedup": 1.4, "quality": 0.80}
+    assert attachment_of(fitted).notes["epoch"] == noted
+    assert len(list(worth)) == 1  # nothing was trained twice
 
 
 def test_of_epochs_that_all_lose_more_the_best_is_kept() -> None:

@@ -466,7 +466,7 @@ def test_a_fit_says_which_epoch_it_kept(place: Path, tmp_path: Path) -> None:
     done = call("fit", place / "clf", place / "rows.jsonl", "--out", tmp_path / "o", "--method", "adapler",
                 *QUICK[2:], "--stage", "epochs=3")  # fmt: skip
     assert done.exit_code == 0, done.stderr
-    assert re.search(r"Kept the model of epoch [123]\.", done.stdout)
+    assert re.search(r"Kept the model of epoch [123] of the stage hard\.", done.stdout)
 
 
 @pytest.mark.parametrize(("model", "label", "said"), [("clf", 1, "label"), ("value", 0.5, "value")])
@@ -685,3 +685,14 @@ def test_a_bad_row_has_the_number_it_has_in_the_file(place: Path, tmp_path: Path
     fails(command, place / "base", data, "--out", tmp_path / "o", match=says)
     fails(command, place / "base", data, "--limit", len(rows) - 1, "--seed", 1, "--out", tmp_path / "o", match=says)
     fails(command, place / "base", data, "--validation", data, "--out", tmp_path / "o", match=says)
+
+
+@pytest.mark.parametrize("bad", [0, 3, 5])
+def test_so_has_a_bad_row_among_neighbours_that_are_held_out(place: Path, tmp_path: Path, bad: int) -> None:
+    """One row in ten: with six the one that is held out, or those before or after it, follow each other in the file."""
+    rows = [{"tokens": ["w5", "w6"], "tags": ["O", "B-high"]} for _ in range(6)]
+    rows[bad] = {"tokens": ["w5", "w6"], "tags": ["O", "high"]}
+    data = write_rows(tmp_path / "bad.jsonl", rows)
+    for seed in range(6):
+        options = ("--task", "tagging", "--seed", seed, "--out", tmp_path / "o")
+        fails("fit", place / "base", data, *options, match=f"Row {bad + 1} has the tag 'high'")

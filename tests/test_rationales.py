@@ -82,6 +82,7 @@ def test_words_of_several_tokens_have_the_largest_score_and_unread_ones_none() -
         ({"rationales": [[[2, 1]], []]}, r"Row 1 .*\[2, 1\)"),
         ({"rationales": [[[0, 1, 2]], []]}, r"Row 1 .*\[0, 1, 2\]"),
         ({"rationales": [[["a", "b"]], []]}, r"Row 1 .*start, end"),
+        ({"rationales": [[[0, 2]], [[1.5, 2]]]}, r"Row 2 .*\[1.5, 2.0\]"),  # a column of one kind has floats everywhere
         ({"tokens": [["a"], []]}, r"Row 2 .*words"),
         ({"tokens": ["abc", "def"]}, r"Row 1 .*list"),
         ({"label": [0, None]}, r"Row 2 .*label"),

@@ -624,6 +624,17 @@ def test_a_stage_may_switch_dropout_off() -> None:
     assert Learner(model, HARD).train().model.training
 
 
+@pytest.mark.parametrize(
+    ("method", "stage"),
+    [("adapler", "hard"), ("ltp", "hard"), ("attention-mass", "distil"), ("length-adaptive", "length-drop")],
+)
+def test_a_stage_that_has_nothing_to_learn_is_refused_before_any_other(method: str, stage: str, tmp_path: Path) -> None:
+    nothing = {f"{stage}.label_weight": 0.0, f"{stage}.distil_weight": 0.0}
+    with pytest.raises(OptionError, match=f"The stage '{stage}' has nothing to learn from"):
+        thresher.fit(make("bert"), method, dataset(8), tokenizer(), tmp_path / "o", overrides=nothing)
+    assert not (tmp_path / "o").exists()
+
+
 @pytest.mark.parametrize("method", sorted(CONFIGS))
 def test_every_method_says_how_it_is_trained(method: str) -> None:
     stages = policy_of(thresher.attach(make("bert"), method)).stages()

@@ -169,7 +169,14 @@ def hold_out(
     if (texts := passages(rows, columns or {})) is not None:
         order, count = _by_passage(texts, order, count)
     notice(f"No --validation: {count:,} of the {len(rows):,} rows are held out (seed {seed})")
-    return rows.select(sorted(order[count:])), rows.select(sorted(order[:count]))
+    return _picked(rows, sorted(order[count:])), _picked(rows, sorted(order[:count]))
+
+
+def _picked(rows: datasets.Dataset, places: Sequence[int]) -> datasets.Dataset:
+    """The rows at these places. A data set forgets where neighbours stood before, unless its order had been changed; here it
+    has, so that `numbered_as_read` finds it."""
+    last = len(rows) - 1
+    return rows.select(range(last, -1, -1)).select([last - place for place in places])
 
 
 def _by_passage(texts: Sequence[str], order: np.ndarray, count: int) -> tuple[np.ndarray, int]:

@@ -371,10 +371,14 @@ def _shown(found: dict[str, Any], data: str, unit: str) -> list[RenderableType]:
     return [
         gains_table(title, found, found["speedup"]),
         STOCK_IS,
-        *([f"Kept the model of epoch {found['epoch']['number']}."] if found["epoch"] else []),
+        *_of_epoch(found["epoch"]),
         f"Saved to {out} after {seconds(found['seconds'])}.",
         f"Next: thresher bench {quoted(out)} {quoted(data)}",
     ]
+
+
+def _of_epoch(epoch: dict[str, Any] | None) -> list[str]:
+    return [f"Kept the model of epoch {epoch['number']} of the stage {epoch['stage']}."] if epoch else []
 
 
 def bar_callback(bar: Any) -> Any:

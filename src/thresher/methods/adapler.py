@@ -60,7 +60,7 @@ class AdapLeR(PolicyConfig):
     """Drop tokens of which a small learned predictor, before each layer, says that they contribute too little to the answer.
 
     Learns from the gradient-based saliency of the training rows, which a fit computes from the fine-tuned model; where it
-    fine-tunes itself, from the three epochs that are best on the validation rows, averaged. Of its own epochs a fit keeps the
+    fine-tunes itself, from the three epochs that are best on the validation rows, averaged. Of a stage's epochs a fit keeps the
     fastest that loses at most a point there, unless a speedup is its target.
 
     threshold: where eta starts, the part of an even share of the row (1 / n) that a token must contribute; learned, from .01
@@ -275,7 +275,7 @@ class AdapLeRPolicy(Policy[AdapLeR]):
             batch_size=32,
             keeps="fastest",
         )
-        hard = Stage(name="hard", mode="hard", epochs=EPOCHS, learning_rate=2e-5, distil_weight=1.0)
+        hard = Stage(name="hard", mode="hard", epochs=EPOCHS, learning_rate=2e-5, distil_weight=1.0, keeps="fastest")
         return (soft, hard) if self.config.hard_stage else (soft,)
 
     def overhead_flops(self, layer: int, n: int, entering: int | None = None) -> int:

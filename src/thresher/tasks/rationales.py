@@ -136,10 +136,15 @@ def _spans(number: int, given: Any) -> list[Any]:
     return given or []
 
 
+def _is_place(end: Any) -> bool:
+    """Also 2.0: one end that is no whole number makes floats of all that a column has."""
+    return type(end) is int or (type(end) is float and end.is_integer())
+
+
 def _span(number: int, span: Any, length: int) -> Span:
-    if not isinstance(span, list | tuple) or len(span) != 2 or not all(type(end) is int for end in span):
+    if not isinstance(span, list | tuple) or len(span) != 2 or not all(map(_is_place, span)):
         raise DataError(f"Row {number} has the rationale {span!r}, which is not [start, end) of words.")
-    start, end = span
+    start, end = map(int, span)
     if not 0 <= start <= end <= length:
         raise DataError(
             f"Row {number} has the rationale [{start}, {end}), which does not lie inside its {length} words."

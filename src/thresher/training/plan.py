@@ -50,7 +50,8 @@ def planned(
     """The stages of one fit, those given or what is attached's own.
 
     overrides: settings of every stage ({"epochs": 2}), or of one by name ({"soft.learning_rate": 1e-4}).
-    Raises OptionError for a setting or a stage that there is not, one that the policy does not take, and nothing to train.
+    Raises OptionError for a setting or a stage that there is not, one that the policy does not take, and nothing to train
+        or to learn from.
     """
     attachment = attachment_of(model)
     plan = stages_of(model) if stages is None else stages
@@ -61,7 +62,13 @@ def planned(
     _refuse_unknown(overrides, plan)
     plan = tuple(_overridden(stage, overrides) for stage in plan)
     for stage in plan:
-        if attachment.policy is not None and not stage.exits:
+        if stage.exits:
+            continue
+        if not (stage.label_weight or stage.distil_weight or stage.policy_learning_rate):
+            raise OptionError(
+                f"The stage {stage.name!r} has nothing to learn from; give it a label_weight or a distil_weight above 0."
+            )
+        if attachment.policy is not None:
             attachment.policy.check(stage)
     return plan
 

@@ -231,6 +231,8 @@ class _Run:
         if stage.mode != "off" and not stage.exits and self._lacks_saliency():
             progress = bool(self.arguments.get("progress", True))
             self.rows = with_saliency(self._salient_models(), self.rows, self.work, self.processes, progress=progress)
+        if stage.learning_rate:  # what is kept from now on is no epoch of a stage before
+            self.attachment.notes.pop("epoch", None)
         epochs = self._epochs(stage, done.parent / EPOCHS)
         callbacks = [*self.arguments.get("callbacks", ()), *([] if epochs is None else [epochs])]
         run_stage(
@@ -245,7 +247,7 @@ class _Run:
         )
         if epochs is not None and stage.keeps == "fastest" and (places := kept(epochs.directory)):
             _take_over(self.model, places[0])
-            self.attachment.notes["epoch"] = dataclasses.asdict(judged(epochs.directory)[0])
+            self.attachment.notes["epoch"] = {"stage": stage.name, **dataclasses.asdict(judged(epochs.directory)[0])}
         by_one(self.processes, partial(_keep, self.model, done))
 
     def _lacks_saliency(self) -> bool:
@@ -383,6 +385,10 @@ def _take_over(model: Any, done: Path) -> None:
     loaded = saved.load_plain()
     find_encoder(model).load_state_dict(find_encoder(loaded).state_dict())
     attachment = attachment_of(model)
+    if "epoch" in saved.notes:
+        attachment.notes["epoch"] = saved.notes["epoch"]
+    else:
+        attachment.notes.pop("epoch", None)
     if saved.config is not None and attachment.policy is not None:
         set_config(model, saved.config)
         saved.load_policy(policy_of(model))
