@@ -69,8 +69,8 @@ class AdapLeR(PolicyConfig):
         falls, is steepness * growth ** epoch; None: the paper's for 3, 5 or 10 epochs, else from 10 to 1e5.
     gamma: the weight of the predictors' distance to the saliency. phi: the weight of the length, the tokens read summed over
         layers: the larger, the shorter it reads.
-    hard_stage: whether the model learns on while tokens really drop, at the speedup that a fit is given (else as eta says);
-        False: the paper's soft stage alone.
+    hard_stage: whether the model learns on while tokens really drop, at the speedup that a fit is given (2x where it is given
+        a loss, else as eta says); False: the paper's soft stage alone.
     """
 
     method: ClassVar[str] = "adapler"
